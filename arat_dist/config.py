@@ -1,0 +1,445 @@
+"""The recipe schema: what a YAML recipe may say, typed, with its unit under each field.
+
+A recipe is data: no class paths, no code. Unknown keys are refused. Every number may be written as a fraction, so that
+`eps: 4/255` is what it looks like. Nothing here imports torch, so that a mistyped recipe is answered at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+
+from arat_dist.errors import UserError
+
+
+def _fraction(value: object) -> object:
+    """Turn "4/255" into a number and leave everything else to pydantic."""
+    if isinstance(value, str) and value.count("/") == 1:
+        numerator, denominator = value.split("/")
+        try:
+            return float(numerator) / float(denominator)
+        except (ValueError, ZeroDivisionError):
+            return value
+    return value
+
+
+Number = Annotated[float, BeforeValidator(_fraction)]
+Positive = Annotated[Number, Field(gt=0)]
+NonNegative = Annotated[Number, Field(ge=0)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Triple = tuple[Number, Number, Number]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, and closed to keys that it doesn't name."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class DataConfig(Section):
+    """What the pictures are and how they are cut for training."""
+
+    train: str
+    """Training set: a .beton written by `arat data write`."""
+    val: str
+    """Validation set: a .beton with the same classes."""
+    num_classes: Count
+    """Number of classes; must agree with both manifests."""
+    image_size: Count
+    """Side of the square picture that the net sees, in pixels."""
+    augment: Literal["none", "pad_crop", "random_resized_crop"] = "none"
+    """Training crop: none (centre), pad_crop (CIFAR), random_resized_crop (ImageNet)."""
+    padding: Annotated[int, Field(ge=0)] = 4
+    """Black border that pad_crop shifts within, in pixels."""
+    crop_scale: tuple[Share, Share] = (0.08, 1.0)
+    """Range of the area of random_resized_crop, as a fraction of the picture's area."""
+    flip: bool = True
+    """Mirror half of the training pictures left to right."""
+    val_crop: Share = 0.875
+    """Side of the centre crop of non-square or larger validation pictures, as a fraction of the shorter side."""
+    loader_threads: Count = 1
+    """Decoding threads of each worker."""
+
+
+class ModelConfig(Section):
+    """The timm backbone."""
+
+    name: str
+    """Name of a timm architecture, as timm.create_model takes it."""
+    args: dict[str, Any] = {}
+    """Further keyword arguments of the architecture (channels, stem, drop rates)."""
+    pretrained: bool = False
+    """Start from timm's clean-pretrained weights; both norm branches get them."""
+    checkpoint: str | None = None
+    """Start from this local weights file (.safetensors, .pth) instead; both norm branches get it."""
+    mean: Triple | None = None
+    """Mean of the pixels in [0,1] per channel, subtracted inside the net; default: timm's for the architecture."""
+    std: Triple | None = None
+    """Standard deviation of the pixels in [0,1] per channel; default: timm's for the architecture."""
+
+
+class StandardConfig(Section):
+    """Plain training on clean pictures: CE(f(x), y)."""
+
+    name: Literal["standard"]
+    """The method."""
+    label_smoothing: Share = 0.0
+    """Mass of the target spread over all classes."""
+
+
+class ATConfig(Section):
+    """Adversarial training (Madry 2018): CE(f(x'), y)."""
+
+    name: Literal["at"]
+    """The method."""
+    label_smoothing: Share = 0.0
+    """Mass of the target spread over all classes."""
+
+
+class ARATConfig(Section):
+    """ARAT (Waseda 2025, arXiv 2402.14648); every part can be switched off alone."""
+
+    name: Literal["arat"]
+    """The method."""
+    gamma: NonNegative = 30.0
+    """Weight of the invariance loss, which is averaged over the taps."""
+    taps: Literal["auto"] | tuple[str, ...] = "auto"
+    """Module names whose pooled outputs are aligned; auto: the blocks of the last stage."""
+    predictor: bool = True
+    """Put a bottleneck MLP on the side that follows."""
+    stop_gradient: bool = True
+    """Keep the invariance loss from moving the side that is followed."""
+    symmetric: bool = False
+    """Average both directions, adv to clean and clean to adv."""
+    distance: Literal["cosine", "mse"] = "cosine"
+    """1 - cos(h(z'), z), or the mean squared difference."""
+    split_norm: Literal["batch", "layer", "none"] = "batch"
+    """Norm layers that get two branches: batch (BatchNorm and kin), layer (LayerNorm too), none."""
+    balance: Literal["auto", "fixed"] = "auto"
+    """auto: the weight of the adversarial term follows the clean branch's training accuracy of the last epoch."""
+    adv_weight: Share = 0.5
+    """Weight of the adversarial term, the clean one has 1 minus it; with balance auto, in the first epoch only."""
+    label_smoothing: Share = 0.0
+    """Mass of the target spread over all classes."""
+
+
+ObjectiveConfig = Annotated[StandardConfig | ATConfig | ARATConfig, Field(discriminator="name")]
+
+
+class AttackConfig(Section):
+    """The attack in training: projected gradient descent inside the step."""
+
+    norm: Literal["linf", "l2"] = "linf"
+    """Norm of the ball around each picture."""
+    eps: Positive = 8 / 255
+    """Radius of the ball, in pixel units of [0,1]; the evaluation takes it over unless told otherwise."""
+    step_size: Positive = 2 / 255
+    """Length of one step, in pixel units of [0,1]."""
+    steps: Count = 10
+    """Number of gradient steps."""
+    random_start: bool = True
+    """Start from a uniform point of the ball instead of its centre."""
+    norm_stats: Literal["batch", "running"] = "batch"
+    """Statistics that BatchNorm uses in the attack: the batch's own, or the running ones. Neither is changed."""
+
+
+class OptimConfig(Section):
+    """Optimizer and learning rate."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    """The optimizer."""
+    lr: Positive = 0.1
+    """Peak learning rate, for the global batch as it is: nothing rescales it."""
+    momentum: Share = 0.9
+    """Momentum of SGD."""
+    nesterov: bool = False
+    """Nesterov momentum for SGD."""
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    """Decay rates of AdamW's moments."""
+    weight_decay: NonNegative = 5e-4
+    """Weight decay; norm layers and biases are kept out of it."""
+    schedule: Literal["constant", "cosine", "step"] = "cosine"
+    """Course of the rate after the warm-up."""
+    warmup_epochs: NonNegative = 0.0
+    """Length of the linear rise from zero, in epochs."""
+    milestones: tuple[Positive, ...] = ()
+    """For step: epochs after which the rate is multiplied by decay_factor."""
+    decay_factor: Positive = 0.1
+    """For step: the factor."""
+    min_lr: NonNegative = 0.0
+    """For cosine: the rate at the end."""
+    clip_grad_norm: Positive | None = None
+    """Largest norm of the whole gradient; default: not clipped."""
+
+
+class TrainConfig(Section):
+    """The loop."""
+
+    epochs: Count
+    """Passes over the training set."""
+    global_batch_size: Annotated[int, Field(ge=2)]
+    """Pictures of one optimizer step, over all workers."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Compute precision of attack and training passes; master weights are fp32."""
+    channels_last: bool = True
+    """Memory format of the net and the pictures."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Fixes weights at the start, sample order, augmentation, attack starts, dropout."""
+    ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = None
+    """Decay per step of the exponential moving average of the weights; default: none kept."""
+    log_every: Count = 50
+    """Steps between two lines of metrics.jsonl."""
+    checkpoint_every: Count | None = None
+    """Steps between two checkpoints; default: once an epoch."""
+    keep_checkpoints: Count = 2
+    """Newest checkpoints kept."""
+    max_steps: Count | None = None
+    """Stop after this many steps; schedules still run over all epochs. Default: no limit."""
+
+
+class EngineConfig(Section):
+    """Data parallelism."""
+
+    kind: Literal["ddp", "deepspeed"] = "ddp"
+    """torch's DistributedDataParallel, or DeepSpeed ZeRO."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """For deepspeed: what ZeRO shards (1: optimizer state, 2: gradients too, 3: weights too)."""
+
+
+class EvalConfig(Section):
+    """The evaluation at the end of a run, and its default for `arat eval`."""
+
+    attack: Annotated[str, Field(pattern=r"^(none|pgd[1-9][0-9]{0,3})$")] = "pgd20"
+    """none, or pgdN: N steps of eps/4 from one uniform start, eval mode, the adv branch."""
+    norm: Literal["linf", "l2"] | None = None
+    """Norm of the ball; default: attack.norm."""
+    eps: Positive | None = None
+    """Radius of the ball in pixel units of [0,1]; default: attack.eps."""
+    batch_size: Count = 128
+    """Pictures of one pass, per worker."""
+    limit: Count | None = None
+    """Only the first pictures of the set; default: all."""
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    """Fixes the attack's start per picture."""
+
+
+class TrackConfig(Section):
+    """MLflow beside metrics.jsonl."""
+
+    mlflow: bool = True
+    """Mirror metrics.jsonl to MLflow."""
+    uri: str | None = None
+    """MLflow tracking URI; default: sqlite in the storage folder, mlflow.db."""
+    experiment: str = "arat"
+    """MLflow experiment."""
+
+
+class ClusterConfig(Section):
+    """The Ray worker group."""
+
+    workers: Annotated[int, Field(ge=0)] = 1
+    """Number of workers; 0 runs in this process, without Ray."""
+    cpus_per_worker: Count = 1
+    """Cores reserved for a worker and threads that torch uses in it."""
+    gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0
+    """GPUs of a worker: 0 trains on the CPU with gloo, 1 with nccl."""
+    address: str | None = None
+    """Ray cluster to join; default: one started on this machine."""
+    max_failures: Annotated[int, Field(ge=0)] = 3
+    """Times that the worker group is restarted from the newest checkpoint before the run fails."""
+    storage: str = "runs"
+    """Folder or fsspec URI (s3://, gs://, file://) that holds the runs; every worker must reach it."""
+
+
+class Recipe(Section):
+    """One result: a backbone, a data set, an objective, and how to train."""
+
+    data: DataConfig
+    model: ModelConfig
+    objective: ObjectiveConfig
+    attack: AttackConfig = AttackConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig
+    engine: EngineConfig = EngineConfig()
+    eval: EvalConfig = EvalConfig()
+    track: TrackConfig = TrackConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks that train: the workers, or this process alone."""
+        return max(1, self.cluster.workers)
+
+    def sha256(self) -> str:
+        """Hash of the resolved recipe, independent of its file's layout."""
+        return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML that `load_recipe` reads back to an equal one."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[tuple[str, Any]] = ()) -> Recipe:
+    """Read a recipe file and lay dotted overrides over it.
+
+    Args:
+        path: a YAML file, or the name of a recipe that ships with the package.
+        overrides: pairs of a dotted key and its value; strings are read as YAML.
+    Raises:
+        UserError: one line that names the file, the key and what would be right.
+    """
+    file = find_recipe(path)
+    try:
+        tree = yaml.safe_load(file.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not a YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{file}: a recipe is a mapping of sections, this holds {type(tree).__name__}")
+    for key, value in overrides:
+        _override(tree, key, value)
+    return parse_recipe(tree, source=str(file))
+
+
+def parse_recipe(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
+    """Check a recipe given as nested mappings; `source` names it in errors (UserError)."""
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{source}: {_first_error(error)}") from error
+    _check_fields(recipe, source)
+    return recipe
+
+
+def shipped_recipes() -> Path:
+    """Folder of the recipes that come with the package: inside it when installed, beside it in a checkout."""
+    inside = Path(__file__).parent / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
+
+
+def find_recipe(path: str | Path) -> Path:
+    """The recipe file that a user named: a path, or the name of a shipped one (UserError if neither)."""
+    shipped = shipped_recipes()
+    name = str(path).removeprefix("recipes/")
+    for candidate in (Path(path), shipped / name, shipped / f"{name}.yaml"):
+        if candidate.is_file():
+            return candidate
+    known = sorted(file.stem for file in shipped.glob("*.yaml"))
+    raise UserError(f"{path}: no such recipe; a YAML file or one of {', '.join(known)} would be right")
+
+
+def iter_keys() -> Iterator[tuple[str, str, str]]:
+    """Every dotted key of the schema with its default and its docstring, for --help and for suggestions."""
+    for section, field in Recipe.model_fields.items():
+        for model in _section_models(field.annotation):
+            for name, sub in model.model_fields.items():
+                default = "required" if sub.is_required() else str(sub.get_default(call_default_factory=True))
+                yield f"{section}.{name}", default, sub.description or ""
+
+
+def _section_models(annotation: object) -> list[type[Section]]:
+    """The section classes behind a field: one, or every objective of the union."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [cast("type[Section]", part) for part in getattr(annotation, "__args__", ())]
+
+
+def _override(tree: dict[str, Any], key: str, value: object) -> None:
+    """Set one dotted key. A new objective starts from its own defaults: the keys of the old one are dropped."""
+    parts = key.split(".")
+    if len(parts) < 2:
+        raise UserError(f"--{key}: a recipe key has a section, as in --train.epochs 10{_suggest(key)}")
+    if isinstance(value, str):
+        try:
+            value = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"--{key}: {value!r} is not a YAML value") from None
+    node = tree
+    for part in parts[:-1]:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise UserError(f"--{key}: {part} is not a section{_suggest(key)}")
+    if key == "objective.name" and node.get("name") != value:
+        node.clear()
+    node[parts[-1]] = value
+
+
+def _first_error(error: ValidationError) -> str:
+    """One line for the first thing that pydantic found wrong."""
+    first = error.errors()[0]
+    # The discriminator's tag stands in the path of a union's errors; users know the key without it.
+    location = [str(part) for part in first["loc"]]
+    if location[:1] == ["objective"] and len(location) > 2:
+        del location[1]
+    key = ".".join(location)
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "extra_forbidden":
+        return f"{key}: unknown key{_suggest(key)}{more}"
+    if first["type"] == "missing":
+        return f"{key}: missing{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{key}: {first['input']!r}: {message[:1].lower()}{message[1:]}{more}"
+
+
+def _suggest(key: str) -> str:
+    """The nearest known key, as the end of a sentence, or nothing."""
+    known = [name for name, _, _ in iter_keys()] + list(Recipe.model_fields)
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    return f"; did you mean {nearest[0]}?" if nearest else ""
+
+
+def _check_fields(recipe: Recipe, source: str) -> None:
+    """Checks between fields that need nothing but the recipe (UserError)."""
+    attack, optim, data = recipe.attack, recipe.optim, recipe.data
+    checks = [
+        (
+            attack.norm == "linf" and attack.eps > 1,
+            f"attack.eps: {attack.eps:g}: pixels are in [0,1], so linf eps is at most 1 (8/255 is usual)",
+        ),
+        (
+            recipe.eval.eps is not None and (recipe.eval.norm or attack.norm) == "linf" and recipe.eval.eps > 1,
+            f"eval.eps: {recipe.eval.eps}: pixels are in [0,1], so linf eps is at most 1 (8/255 is usual)",
+        ),
+        (
+            attack.step_size > 2 * attack.eps,
+            f"attack.step_size: {attack.step_size:g}: at most twice attack.eps ({2 * attack.eps:g}) reaches the ball",
+        ),
+        (
+            optim.warmup_epochs >= recipe.train.epochs,
+            f"optim.warmup_epochs: {optim.warmup_epochs:g}: less than train.epochs ({recipe.train.epochs})",
+        ),
+        (
+            optim.schedule == "step" and list(optim.milestones) != sorted(set(optim.milestones)),
+            f"optim.milestones: {list(optim.milestones)}: ascending epochs",
+        ),
+        (
+            (optim.schedule == "step") != bool(optim.milestones),
+            f"optim.milestones: {list(optim.milestones)}: goes with optim.schedule step, here {optim.schedule}",
+        ),
+        (
+            data.crop_scale[0] <= 0 or data.crop_scale[0] > data.crop_scale[1],
+            f"data.crop_scale: {list(data.crop_scale)}: two fractions, the smaller first and above 0",
+        ),
+        (
+            recipe.model.pretrained and recipe.model.checkpoint is not None,
+            "model.checkpoint: goes without model.pretrained: true; the net starts from one of the two",
+        ),
+    ]
+    for failed, message in checks:
+        if failed:
+            raise UserError(f"{source}: {message}")
+
+
+def parse_number(text: str) -> float:
+    """A positive number or fraction given on the command line, such as 8/255 (UserError)."""
+    try:
+        return TypeAdapter(Positive).validate_python(text)
+    except ValidationError:
+        raise UserError(f"{text}: a positive number or fraction such as 8/255 would be right") from None

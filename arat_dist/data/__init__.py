@@ -1,0 +1,1 @@
+"""Pictures: sources, .beton files, the order of the samples, and the loaders."""

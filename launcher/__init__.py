@@ -1,0 +1,1 @@
+"""Everything that knows of Ray, and the `arat` command."""
