@@ -293,6 +293,7 @@ def load_recipe(path: str | Path, overrides: Sequence[tuple[str, Any]] = ()) -> 
     Args:
         path: a YAML file, or the name of a recipe that ships with the package.
         overrides: pairs of a dotted key and its value; strings are read as YAML.
+
     Raises:
         UserError: one line that names the file, the key and what would be right.
     """
