@@ -1,0 +1,17 @@
+"""Plain training on clean pictures: the contrast to every robust method."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from arat_dist.objectives.base import Objective, Output, accuracy
+
+
+class Standard(Objective):
+    """CE(f(x), y)."""
+
+    def losses(self, pixels: Tensor, labels: Tensor, keys: Tensor) -> Output:  # noqa: ARG002
+        """Clean pictures only."""
+        logits = self.classifier(pixels)
+        loss = self.cross_entropy(logits, labels)
+        return Output(loss, {"loss_clean": loss.detach(), "clean_accuracy": accuracy(logits, labels)})

@@ -1,0 +1,53 @@
+"""Optimizer, parameter groups, and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from timm.optim import param_groups_weight_decay
+from torch import nn
+
+from arat_dist.config import OptimConfig
+
+
+def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """SGD or AdamW over the module's trainable parameters; norm layers, biases and what the net names decay-free.
+
+    timm nets name such parameters themselves (positional embeddings, class tokens).
+    """
+    exempt = {
+        f"{prefix}.{name}" if prefix else name
+        for prefix, part in module.named_modules()
+        if callable(names := getattr(part, "no_weight_decay", None))
+        for name in names()  # pyright: ignore[reportGeneralTypeIssues]
+    }
+    groups = param_groups_weight_decay(module, config.weight_decay, no_weight_decay_list=sorted(exempt))
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+
+
+def lr_at(step: int, config: OptimConfig, *, steps_per_epoch: float, epochs: int) -> float:
+    """Learning rate of a step.
+
+    Args:
+        step: 0-based step of the run.
+        config: the recipe's section.
+        steps_per_epoch: samples of an epoch over the global batch size; need not be whole.
+        epochs: length of the run.
+
+    The warm-up rises in a straight line and reaches `lr` at its last step. A milestone takes effect in the first step
+    whose batch begins at or after that epoch's end.
+    """
+    warmup_steps = math.ceil(config.warmup_epochs * steps_per_epoch)
+    if step < warmup_steps:
+        return config.lr * (step + 1) / warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    if config.schedule == "step":
+        passed = sum(step >= milestone * steps_per_epoch for milestone in config.milestones)
+        return config.lr * config.decay_factor**passed
+    total_steps = math.ceil(epochs * steps_per_epoch)
+    progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
+    return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2
