@@ -1,0 +1,30 @@
+# Every target prepares .venv first; when it is ready that takes a moment and needs no network.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types check lock
+BIN := .venv/bin
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
+
+setup: ## install what is missing: system packages, .venv, pinned Python packages
+	@PYTHON='$(PYTHON)' sh .ci/setup.sh
+
+demo: setup ## train, evaluate and export a small robust net on the CPU
+	$(BIN)/arat demo
+
+test: setup ## run all tests
+	$(BIN)/python -m pytest
+
+lint: setup ## ruff: rules and layout
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# Without the variable pyright's wrapper asks the network for newer versions.
+types: setup ## pyright
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
+
+check: lint types test ## lint, types, test
+
+lock: ## write the versions that .venv holds to constraints.txt
+	{ sed '/^[^#]/,$$d' constraints.txt; $(BIN)/python -m pip freeze --all --exclude-editable; } > constraints.tmp
+	mv constraints.tmp constraints.txt
