@@ -1,0 +1,127 @@
+"""From a recipe's model section to a timm net with the weights that it starts from, and one line when that can't be."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import pickle
+from pathlib import Path
+from typing import Any
+
+import timm
+from safetensors import SafetensorError
+from timm.models import load_state_dict
+from torch import Tensor, nn
+
+import arat_dist.models.cifar  # noqa: F401  (registers this project's own nets with timm)
+from arat_dist.config import ModelConfig
+from arat_dist.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+RESERVED_ARGS = {
+    "num_classes": "data.num_classes",
+    "img_size": "data.image_size",
+    "pretrained": "model.pretrained",
+    "pretrained_cfg": "model.checkpoint, model.mean and model.std",
+    "pretrained_cfg_overlay": "model.checkpoint, model.mean and model.std",
+    "checkpoint_path": "model.checkpoint",
+    "in_chans": "nothing (pictures have 3 channels)",
+    "features_only": "nothing (the net is a classifier)",
+}
+"""Arguments of timm.create_model that model.args may not set, and the key that does."""
+
+
+def create_backbone(model: ModelConfig, *, num_classes: int, image_size: int) -> nn.Module:
+    """The timm net that a recipe names, in training mode; timm's pretrained weights if asked, no local checkpoint.
+
+    Raises:
+        UserError: unknown name, arguments that the architecture doesn't take, pretrained weights out of reach.
+    """
+    cfg = _pretrained_cfg(model.name)
+    for key, right in RESERVED_ARGS.items():
+        if key in model.args:
+            raise UserError(f"model.args: {key}: is set by {right}")
+    args: dict[str, Any] = dict(model.args)
+    # ViT, Swin and kin fix their size when they are built; the others would not know the argument.
+    if cfg.get("fixed_input_size") and tuple(cfg["input_size"][1:]) != (image_size, image_size):
+        args["img_size"] = image_size
+    try:
+        net = timm.create_model(model.name, num_classes=num_classes, **args)
+    except (AssertionError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        key = f"model.args: {model.args}" if model.args else f"data.image_size: {image_size}"
+        raise UserError(f"{key}: {model.name} can't be built so: {_one_line(error)}") from error
+    return _load_pretrained(model, num_classes, args) if model.pretrained else net
+
+
+def load_checkpoint(net: nn.Module, path: str) -> None:
+    """Load a local weights file in the net's own keys, before norms are split; a head of another size is left out.
+
+    Raises:
+        UserError: no such file, a file that only loads by running code, or weights of another net.
+    """
+    state = _read_weights(path)
+    expected = net.state_dict()
+    head = _head_keys(net)
+    dropped = {k for k in head if k in expected and (k not in state or state[k].shape != expected[k].shape)}
+    if dropped:
+        logger.warning("model.checkpoint: %s: its classifier doesn't fit and starts anew: %s", path, sorted(dropped))
+    state = {key: value for key, value in state.items() if key not in dropped}
+    wrong = [key for key in state if key not in expected or state[key].shape != expected[key].shape]
+    wrong += [key for key in expected if key not in state and key not in dropped]
+    if wrong:
+        raise UserError(f"model.checkpoint: {path}: not the weights of this net; {len(wrong)} differ, as {wrong[0]}")
+    net.load_state_dict(state, strict=False)
+
+
+def _pretrained_cfg(name: str) -> dict[str, Any]:
+    """What timm notes on an architecture (UserError if timm doesn't know it, with names that it knows)."""
+    architecture = name.partition(".")[0]
+    if not timm.is_model(architecture):
+        close = difflib.get_close_matches(architecture, timm.list_models(), n=4)
+        hint = f"; did you mean {', '.join(close)}?" if close else "; timm.list_models() names them all"
+        raise UserError(f"model.name: {name}: timm has no such architecture{hint}")
+    try:
+        cfg = timm.models.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        raise UserError(f"model.name: {name}: {_one_line(error)}") from error
+    return cfg.to_dict() if cfg is not None else {}
+
+
+def _load_pretrained(model: ModelConfig, num_classes: int, args: dict[str, Any]) -> nn.Module:
+    """The net with timm's weights, which are downloaded or in the cache (UserError if neither)."""
+    try:
+        return timm.create_model(model.name, pretrained=True, num_classes=num_classes, **args)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"model.pretrained: true: the weights of {model.name} can't be had ({_one_line(error)}); a network, or a "
+            "file in model.checkpoint, would be right"
+        ) from error
+
+
+def _read_weights(path: str) -> dict[str, Tensor]:
+    """The tensors of a .safetensors or .pth file, out of the usual wrappings; never runs code from it."""
+    if not Path(path).is_file():
+        raise UserError(f"model.checkpoint: {path}: no such file")
+    try:
+        state = load_state_dict(path, device="cpu", weights_only=True)
+    except (EOFError, KeyError, OSError, RuntimeError, SafetensorError, ValueError, pickle.UnpicklingError) as error:
+        raise UserError(
+            f"model.checkpoint: {path}: can't be read as plain weights (.safetensors, or .pth with tensors only): "
+            f"{_one_line(error)}"
+        ) from error
+    if not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"model.checkpoint: {path}: holds more than named tensors; a state dict would be right")
+    return state
+
+
+def _head_keys(net: nn.Module) -> set[str]:
+    """State-dict keys of the classifier layers."""
+    names = getattr(net, "pretrained_cfg", {}).get("classifier") or ()
+    names = (names,) if isinstance(names, str) else names
+    return {f"{name}.{part}" for name in names for part in ("weight", "bias")}
+
+
+def _one_line(error: Exception) -> str:
+    """The first line of a library's error."""
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,137 @@
+"""The net that every objective trains: any timm backbone, from pixels in [0,1] to logits and pooled features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from arat_dist.config import ModelConfig
+from arat_dist.errors import UserError
+from arat_dist.models.backbone import create_backbone, load_checkpoint
+from arat_dist.models.split_norm import AttackMode, Branch, Switch, split_norms
+from arat_dist.models.taps import Recorder, automatic_taps, check_taps
+
+
+class Classifier(nn.Module):
+    """A timm backbone that normalises its pixels itself, with taps and, if its norms are split, two branches.
+
+    Args:
+        backbone: a timm net that maps normalised pictures to logits.
+        mean: mean of the pixels in [0,1] per channel.
+        std: standard deviation of the pixels in [0,1] per channel.
+        switch: the switch of the backbone's split norms, None if it has none.
+        taps: names of the backbone's modules whose pooled outputs `forward_with_taps` returns.
+        tap_dims: number of features of each tap.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        mean: Sequence[float],
+        std: Sequence[float],
+        *,
+        switch: Switch | None = None,
+        taps: tuple[str, ...] = (),
+        tap_dims: tuple[int, ...] = (),
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.taps = taps
+        self.tap_dims = tap_dims
+        self._switch = switch
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the net's norms have two branches."""
+        return self._switch is not None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the pixels that the net takes."""
+        return self.mean.dtype
+
+    def branch(self, name: Branch) -> AbstractContextManager[None]:
+        """Run the adv or the clean branch inside the context; a net that isn't split has one for both."""
+        return self._switch.use(name) if self._switch is not None else nullcontext()
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Pixels float [B,3,H,W] in [0,1] -> logits [B,num_classes]."""
+        return self.backbone((pixels - self.mean) / self.std)
+
+    def forward_with_taps(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Pixels float [B,3,H,W] in [0,1] -> logits [B,num_classes] and the pooled features [B,d_l] of each tap."""
+        with Recorder(self.backbone, self.taps).recording() as features:
+            logits = self(pixels)
+        return logits, [feature for (feature,) in features]
+
+
+def build_classifier(
+    model: ModelConfig,
+    *,
+    num_classes: int,
+    image_size: int,
+    split: Literal["batch", "layer", "none"],
+    taps: Literal["auto"] | tuple[str, ...] | None,
+) -> Classifier:
+    """The net that a recipe names, on the CPU, in training mode.
+
+    Args:
+        model: the backbone and the weights that it starts from; both branches get them.
+        num_classes: number of logits.
+        image_size: side of the square pictures, in pixels.
+        split: norm layers that get two branches.
+        taps: module names whose features are aligned, auto for the last stage's blocks, None for no taps.
+
+    Raises:
+        UserError: one line that names the key of the recipe that can't work.
+    """
+    backbone = create_backbone(model, num_classes=num_classes, image_size=image_size)
+    if model.checkpoint is not None:
+        load_checkpoint(backbone, model.checkpoint)
+    cfg = getattr(backbone, "pretrained_cfg", {})
+    names = automatic_taps(backbone) if taps == "auto" else tuple(taps or ())
+    switch = None if split == "none" else split_norms(backbone, split)
+    if taps is not None:
+        check_taps(backbone, names)
+    classifier = Classifier(backbone, model.mean or cfg["mean"], model.std or cfg["std"], switch=switch, taps=names)
+    classifier.tap_dims = _probe(classifier, model.name, image_size)
+    return classifier
+
+
+def _probe(classifier: Classifier, name: str, image_size: int) -> tuple[int, ...]:
+    """Number of features of each tap, from one random picture; UserError if that fails."""
+    # Not a black picture: with it, features could be zero by chance. The global generator stays as it is.
+    pixels = torch.rand(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    recorder = Recorder(classifier.backbone, classifier.taps)
+    try:
+        with torch.no_grad(), AttackMode(classifier)("running"):
+            classifier(pixels)
+    except (AssertionError, IndexError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"data.image_size: {image_size}: {name} can't take {image_size}x{image_size}: {reason}"
+        ) from error
+    try:
+        with torch.no_grad(), AttackMode(classifier)("running"), recorder.recording() as features:
+            classifier(pixels)
+    except ValueError as error:
+        raise UserError(f"objective.taps: {list(classifier.taps)}: {error}") from error
+    for tap, calls in zip(classifier.taps, features, strict=True):
+        if len(calls) != 1:
+            raise UserError(f"objective.taps: {tap}: runs {len(calls)} times in one forward pass, a tap runs once")
+        if not calls[0].any():
+            # The cosine of a zero vector has a gradient of 1e8 and more.
+            raise UserError(
+                f"objective.taps: {tap}: all its features are zero at the start, so they have no direction; another "
+                "tap, or model.args: {zero_init_last: false} in a ResNet, would be right"
+            )
+    return tuple(calls[0].shape[1] for calls in features)
