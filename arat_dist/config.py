@@ -9,14 +9,20 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, cast, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+import yaml.constructor
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
+from pydantic_core import ErrorDetails
 
 from arat_dist.errors import UserError
+
+log = logging.getLogger(__name__)
 
 
 def _fraction(value: object) -> object:
@@ -30,11 +36,25 @@ def _fraction(value: object) -> object:
     return value
 
 
-Number = Annotated[float, BeforeValidator(_fraction)]
+def _not_a_switch(value: object) -> object:
+    """Refuse true and yes, which pydantic would take for 1."""
+    if isinstance(value, bool):
+        raise ValueError("a number would be right")
+    return value
+
+
+def _scientific(value: object) -> object:
+    """Read "5e-4": YAML 1.1 takes it for text without a dot, and a free argument has no type to say otherwise."""
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value) else value
+
+
+Number = Annotated[FiniteFloat, BeforeValidator(_fraction), BeforeValidator(_not_a_switch)]
+Integer = Annotated[int, BeforeValidator(_not_a_switch)]
 Positive = Annotated[Number, Field(gt=0)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
-Count = Annotated[int, Field(ge=1)]
+Decay = Annotated[Number, Field(ge=0, lt=1)]
+Count = Annotated[Integer, Field(ge=1)]
 Triple = tuple[Number, Number, Number]
 
 
@@ -57,13 +77,13 @@ class DataConfig(Section):
     """Side of the square picture that the net sees, in pixels."""
     augment: Literal["none", "pad_crop", "random_resized_crop"] = "none"
     """Training crop: none (centre), pad_crop (CIFAR), random_resized_crop (ImageNet)."""
-    padding: Annotated[int, Field(ge=0)] = 4
+    padding: Annotated[Integer, Field(ge=0)] = 4
     """Black border that pad_crop shifts within, in pixels."""
     crop_scale: tuple[Share, Share] = (0.08, 1.0)
     """Range of the area of random_resized_crop, as a fraction of the picture's area."""
     flip: bool = True
     """Mirror half of the training pictures left to right."""
-    val_crop: Share = 0.875
+    val_crop: Annotated[Number, Field(gt=0, le=1)] = 0.875
     """Side of the centre crop of non-square or larger validation pictures, as a fraction of the shorter side."""
     loader_threads: Count = 1
     """Decoding threads of each worker."""
@@ -74,7 +94,7 @@ class ModelConfig(Section):
 
     name: str
     """Name of a timm architecture, as timm.create_model takes it."""
-    args: dict[str, Any] = {}
+    args: dict[str, Annotated[Any, BeforeValidator(_scientific)]] = {}
     """Further keyword arguments of the architecture (channels, stem, drop rates)."""
     pretrained: bool = False
     """Start from timm's clean-pretrained weights; both norm branches get them."""
@@ -82,7 +102,7 @@ class ModelConfig(Section):
     """Start from this local weights file (.safetensors, .pth) instead; both norm branches get it."""
     mean: Triple | None = None
     """Mean of the pixels in [0,1] per channel, subtracted inside the net; default: timm's for the architecture."""
-    std: Triple | None = None
+    std: tuple[Positive, Positive, Positive] | None = None
     """Standard deviation of the pixels in [0,1] per channel; default: timm's for the architecture."""
 
 
@@ -158,11 +178,11 @@ class OptimConfig(Section):
     """The optimizer."""
     lr: Positive = 0.1
     """Peak learning rate, for the global batch as it is: nothing rescales it."""
-    momentum: Share = 0.9
+    momentum: Decay = 0.9
     """Momentum of SGD."""
     nesterov: bool = False
     """Nesterov momentum for SGD."""
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Decay rates of AdamW's moments."""
     weight_decay: NonNegative = 5e-4
     """Weight decay; norm layers and biases are kept out of it."""
@@ -185,13 +205,13 @@ class TrainConfig(Section):
 
     epochs: Count
     """Passes over the training set."""
-    global_batch_size: Annotated[int, Field(ge=2)]
+    global_batch_size: Annotated[Integer, Field(ge=2)]
     """Pictures of one optimizer step, over all workers."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Compute precision of attack and training passes; master weights are fp32."""
     channels_last: bool = True
     """Memory format of the net and the pictures."""
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    seed: Annotated[Integer, Field(ge=0, lt=2**31)] = 0
     """Fixes weights at the start, sample order, augmentation, attack starts, dropout."""
     ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = None
     """Decay per step of the exponential moving average of the weights; default: none kept."""
@@ -227,7 +247,7 @@ class EvalConfig(Section):
     """Pictures of one pass, per worker."""
     limit: Count | None = None
     """Only the first pictures of the set; default: all."""
-    seed: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    seed: Annotated[Integer, Field(ge=0, lt=2**31)] = 0
     """Fixes the attack's start per picture."""
 
 
@@ -245,15 +265,15 @@ class TrackConfig(Section):
 class ClusterConfig(Section):
     """The Ray worker group."""
 
-    workers: Annotated[int, Field(ge=0)] = 1
+    workers: Annotated[Integer, Field(ge=0)] = 1
     """Number of workers; 0 runs in this process, without Ray."""
     cpus_per_worker: Count = 1
     """Cores reserved for a worker and threads that torch uses in it."""
-    gpus_per_worker: Annotated[int, Field(ge=0, le=1)] = 0
+    gpus_per_worker: Annotated[Integer, Field(ge=0, le=1)] = 0
     """GPUs of a worker: 0 trains on the CPU with gloo, 1 with nccl."""
     address: str | None = None
     """Ray cluster to join; default: one started on this machine."""
-    max_failures: Annotated[int, Field(ge=0)] = 3
+    max_failures: Annotated[Integer, Field(ge=0)] = 3
     """Times that the worker group is restarted from the newest checkpoint before the run fails."""
     storage: str = "runs"
     """Folder or fsspec URI (s3://, gs://, file://) that holds the runs; every worker must reach it."""
@@ -299,14 +319,27 @@ def load_recipe(path: str | Path, overrides: Sequence[tuple[str, Any]] = ()) -> 
     """
     file = find_recipe(path)
     try:
-        tree = yaml.safe_load(file.read_text())
+        tree = yaml.load(file.read_text(), Loader=_UniqueKeyLoader)  # noqa: S506  a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{file}: a recipe is a mapping of sections, this holds {type(tree).__name__}")
-    for key, value in overrides:
+    # The objective first: changing it drops the keys of the old one, never those given beside it.
+    for key, value in sorted(overrides, key=lambda override: override[0] != "objective.name"):
         _override(tree, key, value)
     return parse_recipe(tree, source=str(file))
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that is written twice, of which PyYAML would silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def parse_recipe(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
@@ -364,35 +397,75 @@ def _override(tree: dict[str, Any], key: str, value: object) -> None:
             raise UserError(f"--{key}: {value!r} is not a YAML value") from None
     node = tree
     for part in parts[:-1]:
-        node = node.setdefault(part, {})
+        if node.get(part) is None:
+            node[part] = {}
+        node = node[part]
         if not isinstance(node, dict):
             raise UserError(f"--{key}: {part} is not a section{_suggest(key)}")
     if key == "objective.name" and node.get("name") != value:
+        dropped = [name for name in node if name != "name"]
+        if dropped:
+            log.warning(
+                "objective.name: %s in place of %s, whose keys go: %s", value, node.get("name"), ", ".join(dropped)
+            )
         node.clear()
     node[parts[-1]] = value
 
 
 def _first_error(error: ValidationError) -> str:
-    """One line for the first thing that pydantic found wrong."""
-    first = error.errors()[0]
-    # The discriminator's tag stands in the path of a union's errors; users know the key without it.
-    location = [str(part) for part in first["loc"]]
-    if location[:1] == ["objective"] and len(location) > 2:
-        del location[1]
-    key = ".".join(location)
-    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
-    if first["type"] == "extra_forbidden":
-        return f"{key}: unknown key{_suggest(key)}{more}"
-    if first["type"] == "missing":
-        return f"{key}: missing{more}"
-    message = first["msg"].removeprefix("Value error, ")
-    return f"{key}: {first['input']!r}: {message[:1].lower()}{message[1:]}{more}"
+    """One line for the first key that pydantic found wrong."""
+    errors = error.errors()
+    key = _error_key(errors[0])
+    # A field that may be one of several types has an error for each of them.
+    same = [each for each in errors if _error_key(each) == key]
+    more = f" (and {len(errors) - len(same)} more)" if len(errors) > len(same) else ""
+    return " ".join(f"{key}: {_error_message(same)}{more}".split())
+
+
+def _error_key(error: ErrorDetails) -> str:
+    """The dotted key of an error, as users know it."""
+    # Names of types stand in the path of a union's errors, and the discriminator's tag in that of a tagged one.
+    parts = [str(part) for part in error["loc"] if "[" not in str(part)]
+    if parts[:1] == ["objective"] and len(parts) > 2:
+        del parts[1]
+    if error["type"].startswith("union_tag_"):
+        parts.append("name")
+    return ".".join(parts)
+
+
+def _error_message(errors: list[ErrorDetails]) -> str:
+    """What is wrong with the value of one key, and what would be right."""
+    first = errors[0]
+    match first["type"]:
+        case "missing":
+            return "missing"
+        case "extra_forbidden":
+            owner = f" of {first['loc'][1]}" if first["loc"][0] == "objective" else ""
+            return f"unknown key{owner}{_suggest(_error_key(first))}"
+        case "union_tag_invalid" | "union_tag_not_found":
+            given = f"{first['input']['name']!r}" if "name" in first["input"] else "missing"
+            return f"{given}: one of {', '.join(_objective_names())} would be right"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            return f"{first['input']!r}: a section with keys below it would be right"
+    texts = [each["msg"].removeprefix("Value error, ").replace("valid tuple", "list") for each in errors]
+    return f"{first['input']!r}: {' or '.join(text[:1].lower() + text[1:] for text in texts)}"
+
+
+def _objective_names() -> list[str]:
+    """Every value of objective.name."""
+    sections = _section_models(Recipe.model_fields["objective"].annotation)
+    return [get_args(section.model_fields["name"].annotation)[0] for section in sections]
 
 
 def _suggest(key: str) -> str:
-    """The nearest known key, as the end of a sentence, or nothing."""
-    known = [name for name, _, _ in iter_keys()] + list(Recipe.model_fields)
-    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    """The known key that was probably meant, as the end of a sentence, or nothing."""
+    known = [*Recipe.model_fields, *(name for name, _, _ in iter_keys())]
+    if key in known:
+        return ""
+    section, _, leaf = key.rpartition(".")
+    elsewhere = [name for name in known if name.endswith(f".{leaf}")]
+    siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
+    nearest = elsewhere or [siblings[close] for close in difflib.get_close_matches(leaf, siblings, n=1)]
     return f"; did you mean {nearest[0]}?" if nearest else ""
 
 
@@ -406,7 +479,11 @@ def _check_fields(recipe: Recipe, source: str) -> None:
         ),
         (
             recipe.eval.eps is not None and (recipe.eval.norm or attack.norm) == "linf" and recipe.eval.eps > 1,
-            f"eval.eps: {recipe.eval.eps}: pixels are in [0,1], so linf eps is at most 1 (8/255 is usual)",
+            f"eval.eps: {recipe.eval.eps or 0:g}: pixels are in [0,1], so linf eps is at most 1 (8/255 is usual)",
+        ),
+        (
+            recipe.eval.norm not in (None, attack.norm) and recipe.eval.eps is None,
+            f"eval.norm: {recipe.eval.norm}: give eval.eps too, attack.eps is a radius in {attack.norm}",
         ),
         (
             attack.step_size > 2 * attack.eps,
@@ -425,12 +502,24 @@ def _check_fields(recipe: Recipe, source: str) -> None:
             f"optim.milestones: {list(optim.milestones)}: goes with optim.schedule step, here {optim.schedule}",
         ),
         (
+            optim.schedule == "cosine" and optim.min_lr > optim.lr,
+            f"optim.min_lr: {optim.min_lr:g}: at most optim.lr ({optim.lr:g})",
+        ),
+        (
+            optim.nesterov and (optim.name != "sgd" or optim.momentum == 0),
+            f"optim.nesterov: true: goes with sgd and momentum, here {optim.name}, {optim.momentum:g}",
+        ),
+        (
+            recipe.train.global_batch_size < 2 * recipe.world_size,
+            f"train.global_batch_size: {recipe.train.global_batch_size}: at least 2 a worker ({recipe.world_size})",
+        ),
+        (
             data.crop_scale[0] <= 0 or data.crop_scale[0] > data.crop_scale[1],
             f"data.crop_scale: {list(data.crop_scale)}: two fractions, the smaller first and above 0",
         ),
         (
             recipe.model.pretrained and recipe.model.checkpoint is not None,
-            "model.checkpoint: goes without model.pretrained: true; the net starts from one of the two",
+            f"model.checkpoint: {recipe.model.checkpoint}: goes without model.pretrained; one of them starts the net",
         ),
     ]
     for failed, message in checks:

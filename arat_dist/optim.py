@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 
 import torch
-from timm.optim import param_groups_weight_decay
+from timm.optim._param_groups import param_groups_weight_decay
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from arat_dist.config import OptimConfig
 
@@ -26,6 +27,11 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optim
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+
+
+def build_ema(module: nn.Module, decay: float) -> AveragedModel:
+    """A copy of the module that follows it: an exponential moving average of weights and statistics."""
+    return AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
 
 
 def lr_at(step: int, config: OptimConfig, *, steps_per_epoch: float, epochs: int) -> float:

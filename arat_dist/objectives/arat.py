@@ -8,6 +8,8 @@ predictor, sg the stop-gradient. The paper's ablation is the switches of `ARATCo
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -30,7 +32,13 @@ class ARAT(Objective):
     local_counts: Tensor
 
     def __init__(
-        self, classifier: Classifier, attack: PGD, config: ARATConfig, *, norm_stats: str = "batch", precision: str
+        self,
+        classifier: Classifier,
+        attack: PGD,
+        config: ARATConfig,
+        *,
+        norm_stats: Literal["batch", "running"] = "batch",
+        precision: str,
     ):
         super().__init__(
             classifier, attack, norm_stats=norm_stats, precision=precision, label_smoothing=config.label_smoothing

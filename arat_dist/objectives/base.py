@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,7 @@ class Objective(nn.Module):
         classifier: Classifier,
         attack: PGD | None = None,
         *,
-        norm_stats: str = "batch",
+        norm_stats: Literal["batch", "running"] = "batch",
         precision: str = "fp32",
         label_smoothing: float = 0.0,
     ):

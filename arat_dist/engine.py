@@ -1,0 +1,163 @@
+"""Data parallelism behind one small protocol: the only file that knows of DDP (and of DeepSpeed, once it is here)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from arat_dist.config import EngineConfig, OptimConfig
+from arat_dist.errors import UserError
+from arat_dist.objectives.base import Objective, Output
+from arat_dist.optim import build_optimizer
+
+
+@dataclass(frozen=True)
+class Rank:
+    """This process among those that train together.
+
+    Attributes:
+        index: 0-based rank.
+        world_size: number of ranks.
+        device: where this rank computes.
+    """
+
+    index: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank speaks for all: writes files, reports."""
+        return self.index == 0
+
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.world_size > 1:
+            dist.barrier()
+
+
+class Engine(Protocol):
+    """One objective in training, whatever keeps its copies equal."""
+
+    objective: Objective
+    """The bare module: what the attack, the evaluation and the checkpoint see."""
+
+    def __call__(self, images: Tensor, labels: Tensor, keys: Tensor) -> Output:
+        """The one wrapped forward of a step."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients, averaged over the ranks."""
+        ...
+
+    def step(self) -> None:
+        """Update the weights and forget the gradients."""
+        ...
+
+    def set_lr(self, lr: float) -> None:
+        """Learning rate of the next step."""
+        ...
+
+    def gradient_norm(self) -> Tensor:
+        """2-norm of the last step's whole gradient before clipping, 0-d; asked for before `step`."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizer state, the same on every rank."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave."""
+        ...
+
+
+class DDPEngine:
+    """DistributedDataParallel; on one rank the bare module, without a process group."""
+
+    def __init__(self, objective: Objective, optim: OptimConfig, rank: Rank, *, channels_last: bool):
+        self.objective = objective.to(rank.device)
+        if channels_last:
+            self.objective = self.objective.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+        self._optimizer = build_optimizer(self.objective, optim)
+        self._clip_norm = optim.clip_grad_norm
+        self._wrapped: nn.Module = self.objective
+        if rank.world_size > 1:
+            # Statistics of the norms are per rank in training; `average_statistics` joins them where they are used.
+            self._wrapped = DistributedDataParallel(
+                self.objective, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+    def __call__(self, images: Tensor, labels: Tensor, keys: Tensor) -> Output:
+        """See `Engine`."""
+        return self._wrapped(images, labels, keys)
+
+    def backward(self, loss: Tensor) -> None:
+        """See `Engine`."""
+        loss.backward()
+
+    def step(self) -> None:
+        """See `Engine`."""
+        if self._clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.objective.parameters(), self._clip_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def set_lr(self, lr: float) -> None:
+        """See `Engine`."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+
+    def gradient_norm(self) -> Tensor:
+        """See `Engine`."""
+        return nn.utils.get_total_norm([p.grad for p in self.objective.parameters() if p.grad is not None])
+
+    def state_dict(self) -> dict[str, Any]:
+        """See `Engine`."""
+        return self._optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """See `Engine`."""
+        self._optimizer.load_state_dict(state)
+
+
+def check_engine(config: EngineConfig) -> None:
+    """Refuse what can't run yet (UserError)."""
+    if config.kind != "ddp":
+        raise UserError(f"engine.kind: {config.kind}: DeepSpeed can't train yet; ddp would be right")
+
+
+def build_engine(
+    objective: Objective, config: EngineConfig, optim: OptimConfig, rank: Rank, *, channels_last: bool
+) -> Engine:
+    """The engine that the recipe names."""
+    check_engine(config)
+    return DDPEngine(objective, optim, rank, channels_last=channels_last)
+
+
+def average_statistics(module: nn.Module, rank: Rank) -> None:
+    """Set the running statistics of every norm layer to their mean over the ranks, in one all-reduce."""
+    statistics = list(_running_statistics(module))
+    if rank.world_size == 1 or not statistics:
+        return
+    joined = rank.all_reduce(torch.cat([s.flatten() for s in statistics])) / rank.world_size
+    parts = joined.split([s.numel() for s in statistics])
+    for statistic, part in zip(statistics, parts, strict=True):
+        statistic.copy_(part.view_as(statistic))
+
+
+def _running_statistics(module: nn.Module) -> Iterator[Tensor]:
+    for name, buffer in module.named_buffers():
+        if name.rpartition(".")[2] in ("running_mean", "running_var"):
+            yield buffer

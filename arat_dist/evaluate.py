@@ -1,0 +1,119 @@
+"""Clean and robust accuracy: sharded over the ranks, with exact counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from arat_dist.attacks import PGD
+from arat_dist.config import EvalConfig, Recipe
+from arat_dist.data.loader import Loader, val_loader
+from arat_dist.data.order import eval_shares
+from arat_dist.engine import Rank
+from arat_dist.models.classifier import Classifier
+from arat_dist.objectives.base import to_pixels
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Exact counts over all ranks, and the attack that they stand for.
+
+    A sample counts as robust when it is right before and after the attack.
+    """
+
+    num_samples: int
+    num_clean: int
+    num_robust: int | None
+    attack: str
+    attack_steps: int
+    norm: str
+    eps: float
+
+    @property
+    def clean_accuracy(self) -> float:
+        """Fraction of clean pictures that are classified rightly."""
+        return self.num_clean / self.num_samples
+
+    @property
+    def robust_accuracy(self) -> float | None:
+        """Fraction that is right before and after the attack; None without an attack."""
+        return None if self.num_robust is None else self.num_robust / self.num_samples
+
+    def summary(self) -> dict[str, Any]:
+        """The keys of summary.json that it fills."""
+        return {
+            "clean_accuracy": self.clean_accuracy,
+            "robust_accuracy": self.robust_accuracy,
+            "robust_attack": self.attack,
+            "norm": self.norm,
+            "eps": self.eps,
+            "attack_steps": self.attack_steps,
+            "num_samples": self.num_samples,
+        }
+
+
+def evaluation_attack(config: EvalConfig, *, norm: str, eps: float) -> PGD | None:
+    """The attack named pgdN as this project defines it: uniform start, steps of eps/4, one restart; None for "none"."""
+    if config.attack == "none":
+        return None
+    return PGD(norm, eps, eps / 4, int(config.attack.removeprefix("pgd")), random_start=True, seed=config.seed)
+
+
+def evaluate_recipe(classifier: Classifier, recipe: Recipe, rank: Rank) -> Scores:
+    """Evaluate on the recipe's validation set with the attack that its eval section names."""
+    config = recipe.eval
+    norm, eps = config.norm or recipe.attack.norm, config.eps or recipe.attack.eps
+    attack = evaluation_attack(config, norm=norm, eps=eps)
+    with closing(val_loader(recipe.data, config.batch_size)) as loader:
+        shares = subset_shares(loader.num_samples, config, rank)
+        counts = count_correct(classifier, loader, shares, attack, rank.device)
+    num_samples, num_clean, num_robust = rank.all_reduce(counts).tolist()
+    steps = attack.steps if attack else 0
+    return Scores(num_samples, num_clean, num_robust if attack else None, config.attack, steps, norm, eps)
+
+
+def subset_shares(num_samples: int, config: EvalConfig, rank: Rank) -> list[np.ndarray]:
+    """This rank's batches of indices: every sample of the (possibly limited) set exactly once over all ranks."""
+    limit = min(num_samples, config.limit or num_samples)
+    # Sets are often sorted by class, so a limited one is taken evenly over the whole.
+    subset = np.arange(limit, dtype=np.int64) * num_samples // limit
+    return [subset[share] for share in eval_shares(limit, config.batch_size, rank.index, rank.world_size)]
+
+
+def count_correct(
+    classifier: Classifier, loader: Loader, shares: Sequence[np.ndarray], attack: PGD | None, device: torch.device
+) -> Tensor:
+    """Samples, those right on the clean picture, and those right on it and after the attack: int64 [3] of this rank.
+
+    The net is in eval mode and in full precision, and its adv branch is the one measured.
+    """
+    counts = torch.zeros(3, dtype=torch.int64, device=device)
+    was_training = classifier.training
+    classifier.eval()
+    with classifier.branch("adv"):
+        for images, labels, keys in loader.iterate(shares):
+            pixels = to_pixels(images.to(device), classifier.dtype)
+            right = verdicts(classifier, pixels, labels.to(device), keys.to(device), attack)
+            counts += torch.stack([counts.new_tensor(len(labels)), *(verdict.sum() for verdict in right)])
+    classifier.train(was_training)
+    return counts
+
+
+def verdicts(
+    classifier: Classifier, pixels: Tensor, labels: Tensor, keys: Tensor, attack: PGD | None
+) -> tuple[Tensor, Tensor]:
+    """Whether each sample is right on the clean picture, and on it and after the attack: two bool [B]."""
+    with torch.no_grad():
+        clean = classifier(pixels).argmax(1) == labels
+    if attack is None:
+        return clean, clean
+    adversarial = attack(lambda x: F.cross_entropy(classifier(x), labels, reduction="sum"), pixels, keys)
+    with torch.no_grad():
+        return clean, clean & (classifier(adversarial).argmax(1) == labels)

@@ -1,0 +1,41 @@
+"""Everything about a recipe that can be found wrong before any worker starts."""
+
+from __future__ import annotations
+
+import torch
+
+from arat_dist.config import Recipe
+from arat_dist.data.manifest import check_data
+from arat_dist.engine import check_engine
+from arat_dist.errors import UserError
+from arat_dist.objectives import build_objective
+from arat_dist.train import sample_order
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Check the data, the share of each rank, the machine, and that the net gives what the objective asks.
+
+    Raises:
+        UserError: one line that names the key, its value and what would be right.
+    """
+    check_engine(recipe.engine)
+    check_data(recipe.data)
+    check_shares(recipe)
+    if recipe.cluster.gpus_per_worker and recipe.cluster.address is None and not torch.cuda.is_available():
+        raise UserError(
+            f"cluster.gpus_per_worker: {recipe.cluster.gpus_per_worker}: this machine has no GPU that torch can use; "
+            "0, or the cluster.address of one that has, would be right"
+        )
+    # The weights that timm would download are no part of what can be checked here.
+    build_objective(recipe.model_copy(update={"model": recipe.model.model_copy(update={"pretrained": False})}))
+
+
+def check_shares(recipe: Recipe) -> None:
+    """Refuse more ranks than every batch of the run can feed with two samples: BatchNorm needs them (UserError)."""
+    smallest = sample_order(recipe).smallest_batch
+    if smallest < 2 * recipe.world_size:
+        raise UserError(
+            f"cluster.workers: {recipe.cluster.workers}: a worker needs 2 pictures of every batch, and the smallest of "
+            f"this run has {smallest} (train.global_batch_size {recipe.train.global_batch_size}); "
+            f"at most {smallest // 2} would be right"
+        )

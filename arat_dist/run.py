@@ -1,0 +1,124 @@
+"""A run is a folder: its recipe, its metrics, its checkpoints, its summary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from arat_dist.config import Recipe, parse_recipe
+from arat_dist.errors import UserError
+from arat_dist.storage import Storage
+
+METRICS = "metrics.jsonl"
+RECIPE = "recipe.yaml"
+SUMMARY = "summary.json"
+ATTEMPTS = "attempts.jsonl"
+
+# What may differ between two launches of one run: nothing here changes a weight.
+_FREE_SECTIONS = ("cluster", "track", "eval", "engine")
+_FREE_TRAIN_KEYS = ("log_every", "checkpoint_every", "keep_checkpoints", "max_steps")
+
+
+class Run:
+    """One run's folder under the storage URI.
+
+    Args:
+        storage: folder or URI of all runs.
+        name: the run's name, a plain folder name.
+
+    Raises:
+        UserError: the name can't be a folder's.
+    """
+
+    def __init__(self, storage: str, name: str):
+        if not name or name.startswith(".") or "/" in name:
+            raise UserError(f"--name: {name!r}: a plain folder name would be right")
+        self.name = name
+        self.storage = Storage(storage)
+        self.folder = self.storage / name
+        self.checkpoints = self.folder / "checkpoints"
+
+    @classmethod
+    def at(cls, uri: str) -> Run:
+        """The run in a folder; UserError where there is none."""
+        parent, _, name = uri.rstrip("/").rpartition("/")
+        run = cls(parent or ".", name)
+        if not run.folder.exists(RECIPE):
+            raise UserError(f"{uri}: not a run (no {RECIPE} in it)")
+        return run
+
+    def open(self, recipe: Recipe) -> None:
+        """Begin the run, or go on with it; UserError where it holds another result's recipe."""
+        if self.folder.exists(RECIPE):
+            before = self.recipe()
+            differing = sorted(key for key, value in _essence(recipe).items() if value != _essence(before).get(key))
+            if differing:
+                raise UserError(
+                    f"--name: {self.name}: the run of this name has another recipe (it differs in "
+                    f"{', '.join(differing)}); another name, or that recipe, would be right"
+                )
+        self.folder.write(RECIPE, recipe.to_yaml().encode())
+
+    def recipe(self) -> Recipe:
+        """The resolved recipe that the run was started with."""
+        return parse_recipe(yaml.safe_load(self.folder.read(RECIPE)), source=self.folder.path(RECIPE))
+
+    def summary(self) -> dict[str, Any]:
+        """The summary; empty while the run is unfinished."""
+        return self.folder.read_json(SUMMARY)
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """Write the summary: from now on the run is finished."""
+        self.folder.write_json(SUMMARY, summary)
+
+    def begin_attempt(self, **values: object) -> None:
+        """Note that the work starts or goes on: one line of attempts.jsonl each time."""
+        self.folder.append(ATTEMPTS, json.dumps(values).encode() + b"\n")
+
+    def num_attempts(self) -> int:
+        """How often the work was started, by a launch or by a restart of the workers."""
+        return self.folder.read(ATTEMPTS).count(b"\n") if self.folder.exists(ATTEMPTS) else 0
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        self.folder.append(METRICS, json.dumps(line).encode() + b"\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All whole lines of metrics.jsonl."""
+        return [line for line, _ in self.metrics_from(0)]
+
+    def metrics_from(self, offset: int) -> Iterator[tuple[dict[str, Any], int]]:
+        """Whole lines from a byte offset on, each with the offset behind it.
+
+        If the file was cut and written anew since the offset was given, from its beginning.
+        """
+        content = self.folder.read_from(METRICS, max(0, offset - 1))
+        if offset and not content.startswith(b"\n"):
+            offset, content = 0, self.folder.read_from(METRICS, 0)
+        for line in content[1 if offset else 0 :].splitlines(keepends=True):
+            if not line.endswith(b"\n"):
+                return
+            offset += len(line)
+            yield json.loads(line), offset
+
+    def forget_metrics_after(self, step: int) -> list[dict[str, Any]]:
+        """Drop the lines beyond a step, which will be computed again; returns those kept."""
+        lines = self.metrics()
+        kept = [line for line in lines if line["step"] <= step]
+        if len(kept) < len(lines):
+            self.folder.write(METRICS, b"".join(json.dumps(line).encode() + b"\n" for line in kept))
+        return kept
+
+
+def _essence(recipe: Recipe) -> dict[str, Any]:
+    """Dotted keys and values of all that decides the weights."""
+    tree = recipe.model_dump(mode="json", exclude={*_FREE_SECTIONS})
+    return {
+        f"{section}.{key}": value
+        for section, keys in tree.items()
+        for key, value in keys.items()
+        if section != "train" or key not in _FREE_TRAIN_KEYS
+    }

@@ -1,0 +1,197 @@
+"""The loop: `train` reads as the story of a run, from the first weights to the measured accuracy."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from contextlib import closing
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
+
+from arat_dist.checkpoint import Checkpoint, load_newest, save_checkpoint
+from arat_dist.config import Recipe
+from arat_dist.data.loader import train_loader
+from arat_dist.data.manifest import load_manifest
+from arat_dist.data.order import SampleOrder
+from arat_dist.engine import Engine, Rank, average_statistics, build_engine
+from arat_dist.evaluate import evaluate_recipe
+from arat_dist.objectives import build_objective
+from arat_dist.optim import build_ema, lr_at
+from arat_dist.run import Run
+
+logger = logging.getLogger(__name__)
+
+
+def train(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
+    """Train on one rank, going on from the run's newest good checkpoint, and evaluate the result.
+
+    Every rank calls it; the first one writes the run's files. Returns the training's part of the summary.
+    """
+    settings = recipe.train
+    torch.manual_seed(settings.seed)
+    order = sample_order(recipe)
+    stop = min(order.num_steps, settings.max_steps or order.num_steps)
+    engine = build_engine(
+        build_objective(recipe), recipe.engine, recipe.optim, rank, channels_last=settings.channels_last
+    )
+    ema = build_ema(engine.objective.classifier, settings.ema_decay) if settings.ema_decay else None
+    start = resume(run, engine, ema)
+    log = MetricsLog(run, rank, start)
+    if rank.is_first:
+        run.begin_attempt(step=start, num_steps=stop, world_size=rank.world_size)
+
+    engine.objective.train()
+    with closing(train_loader(recipe.data, settings.seed, order.largest_share(rank.world_size))) as loader:
+        batches = loader.iterate(order.shares(rank.index, rank.world_size, start, stop))
+        for step, batch in enumerate(batches, start):
+            seed_step(settings.seed, step, rank)
+            engine.set_lr(lr := learning_rate(recipe, order, step))
+            images, labels, keys = (tensor.to(rank.device, non_blocking=True) for tensor in batch)
+            out = engine(images, labels, keys)
+            # Ranks' shares may differ by a pair; so weighed, the average over ranks is the mean over the global batch.
+            engine.backward(out.loss * (len(labels) * rank.world_size / order.batch_size_at(step)))
+            log.add({"loss": out.loss.detach(), **out.metrics}, len(labels))
+            done = step + 1
+            if done % settings.log_every == 0 or done == stop:
+                log.write(done, done * order.batch_size / order.num_samples, lr, engine.gradient_norm())
+            engine.step()
+            if ema is not None:
+                ema.update_parameters(engine.objective.classifier)
+            epoch_ends = done == order.num_steps or order.epoch_of(done) > order.epoch_of(step)
+            if epoch_ends:
+                engine.objective.end_epoch(rank.all_reduce)
+            if done == stop or (done % settings.checkpoint_every == 0 if settings.checkpoint_every else epoch_ends):
+                save(run, engine, ema, rank, done, keep=settings.keep_checkpoints)
+
+    classifier = engine.objective.classifier if ema is None else ema.module
+    scores = evaluate_recipe(classifier, recipe, rank)
+    return {
+        "epochs": settings.epochs,
+        "steps": stop,
+        "samples_seen": sum(order.batch_size_at(step) for step in range(stop)),
+        "world_size": rank.world_size,
+        **scores.summary(),
+        "weights": "raw" if ema is None else "ema",
+        **log.summary(),
+    }
+
+
+def sample_order(recipe: Recipe) -> SampleOrder:
+    """The order of the recipe's samples over the whole run."""
+    num_samples = load_manifest(recipe.data.train).num_samples
+    return SampleOrder(num_samples, recipe.train.global_batch_size, recipe.train.epochs, recipe.train.seed)
+
+
+def learning_rate(recipe: Recipe, order: SampleOrder, step: int) -> float:
+    """The rate of one step of the run."""
+    steps_per_epoch = order.num_samples / order.batch_size
+    return lr_at(step, recipe.optim, steps_per_epoch=steps_per_epoch, epochs=recipe.train.epochs)
+
+
+def seed_step(seed: int, step: int, rank: Rank) -> None:
+    """Make dropout and drop-path functions of (seed, step, rank): a resumed run needs no generator's state."""
+    torch.manual_seed(((seed << 31) + step) * 1_000_003 + rank.index & 0x7FFFFFFFFFFFFFFF)
+
+
+def resume(run: Run, engine: Engine, ema: AveragedModel | None) -> int:
+    """Take up the newest good checkpoint, if there is one; returns the steps done."""
+    checkpoint = load_newest(run.checkpoints)
+    if checkpoint is None:
+        return 0
+    engine.objective.load_state_dict(checkpoint.weights["model"])
+    engine.load_state_dict(checkpoint.optimizer)
+    if ema is not None:
+        ema.module.load_state_dict(checkpoint.weights["ema"])
+        ema.n_averaged.fill_(checkpoint.step)
+    logger.info("going on after step %d", checkpoint.step)
+    return checkpoint.step
+
+
+def save(run: Run, engine: Engine, ema: AveragedModel | None, rank: Rank, step: int, *, keep: int) -> None:
+    """Join what the ranks know, then write a checkpoint on the first one."""
+    engine.objective.sync(rank.all_reduce)
+    average_statistics(engine.objective, rank)
+    weights = {"model": engine.objective.state_dict()}
+    if ema is not None:
+        average_statistics(ema.module, rank)
+        weights["ema"] = ema.module.state_dict()
+    if rank.is_first:
+        save_checkpoint(run.checkpoints, Checkpoint(step, weights, engine.state_dict()), keep=keep)
+
+
+class MetricsLog:
+    """Means of the step's metrics between two lines of metrics.jsonl.
+
+    They are summed on the device, weighed by the samples: one all-reduce and one host sync a line, none a step.
+
+    Args:
+        run: the run; its lines after `step` are dropped, since they will be computed again.
+        rank: this process; the first one writes.
+        step: steps done before.
+    """
+
+    def __init__(self, run: Run, rank: Rank, step: int):
+        self._run, self._rank = run, rank
+        lines = run.forget_metrics_after(step) if rank.is_first else []
+        self._last: dict[str, Any] = lines[-1] if lines else {}
+        self._first_time_s = float(self._last.get("time_s", 0.0))
+        self._begin = self._line_begin = time.perf_counter()
+        self._num_images = self._line_images = 0
+        self._names: list[str] = []
+        self._sums: Tensor | None = None
+
+    def add(self, metrics: dict[str, Tensor], count: int) -> None:
+        """Add one step's means over this rank's `count` samples."""
+        self._names = list(metrics)
+        weighed = torch.stack([*metrics.values()]).double() * count
+        self._sums = weighed if self._sums is None else self._sums.add_(weighed)
+        self._line_images += count
+
+    def write(self, step: int, epoch: float, lr: float, gradient_norm: Tensor) -> None:
+        """Write a line for the steps since the last one; every rank calls it.
+
+        Raises:
+            FloatingPointError: the loss is no longer a number.
+        """
+        assert self._sums is not None
+        counts = self._sums.new_tensor([self._line_images])
+        *sums, num_images = self._rank.all_reduce(torch.cat([self._sums, counts])).tolist()
+        means = {name: value / num_images for name, value in zip(self._names, sums, strict=True)}
+        now = time.perf_counter()
+        self._last = {
+            "step": step,
+            "epoch": round(epoch, 4),
+            "time_s": round(self._first_time_s + now - self._begin, 3),
+            **means,
+            "lr": lr,
+            "gradient_norm": gradient_norm.item(),
+            "images_per_second": num_images / (now - self._line_begin),
+            "memory_mb": _peak_memory_mb(self._rank.device),
+        }
+        if self._rank.is_first:
+            self._run.log(self._last)
+        self._num_images += int(num_images)
+        self._sums, self._line_images, self._line_begin = None, 0, now
+        if not math.isfinite(means["loss"]):
+            raise FloatingPointError(f"step {step}: the loss is {means['loss']}; a lower optim.lr would be a start")
+
+    def summary(self) -> dict[str, Any]:
+        """Pictures per second of this launch, and the last value of each named part of the loss."""
+        elapsed = self._line_begin - self._begin
+        return {
+            "train_images_per_second": round(self._num_images / elapsed, 1) if self._num_images else None,
+            "losses": {k.removeprefix("loss_"): v for k, v in self._last.items() if k.startswith("loss")},
+        }
+
+
+def _peak_memory_mb(device: torch.device) -> float:
+    """Largest memory of this rank so far: of the GPU where there is one, else of the process."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
+    import resource  # not on every platform
+
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1)
