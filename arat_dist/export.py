@@ -16,7 +16,7 @@ from torch import Tensor
 
 from arat_dist.config import ModelConfig
 from arat_dist.errors import UserError
-from arat_dist.models.backbone import create_backbone
+from arat_dist.models.backbone import create_backbone, pretrained_cfg
 from arat_dist.models.classifier import Classifier
 from arat_dist.models.split_norm import AttackMode, fold_branch
 
@@ -56,7 +56,7 @@ def export_timm(
     Raises:
         UserError: out_dir holds something that isn't an export, or class_names are not num_classes.
     """
-    out_dir = Path(out_dir)
+    out_dir = Path(out_dir).resolve()
     _check_target(out_dir)
     if class_names is not None and len(class_names) != num_classes:
         raise UserError(f"class_names: {len(class_names)} names; {num_classes}, one per logit, would be right")
@@ -66,7 +66,7 @@ def export_timm(
     plain = fold_branch(state)
     backbone.load_state_dict({key.removeprefix("backbone."): value for key, value in plain.items()})
 
-    cfg = backbone.pretrained_cfg
+    cfg = pretrained_cfg(backbone)
     data_config = {
         "input_size": (3, image_size, image_size),
         "mean": model.mean or cfg["mean"],
@@ -77,10 +77,15 @@ def export_timm(
     top_level: dict[str, Any] = {METADATA_KEY: {**metadata, **_requirement(model.name)}}
     if class_names is not None:
         top_level["label_names"] = list(class_names)
+    if not model.pretrained:
+        # What timm notes on the origin of its own weights doesn't hold for weights that never were timm's.
+        top_level["pretrained_cfg"] = dict.fromkeys(("tag", "license", "origin_url"))
 
     temporary = out_dir.with_name(f".{out_dir.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     save_for_hf(backbone, str(temporary), model_config=top_level, safe_serialization=True, data_config=data_config)
+    # safetensors keeps its files from everyone but their owner; an export is as readable as its folder.
+    (temporary / "model.safetensors").chmod((temporary / "config.json").stat().st_mode)
     _replace(out_dir, temporary)
     return out_dir
 
@@ -95,7 +100,7 @@ def verify_export(out_dir: str | Path, classifier: Classifier) -> float:
         RuntimeError: it is above MAX_LOGIT_DIFFERENCE.
     """
     exported = load_exported(out_dir).to(classifier.mean.device, classifier.dtype)
-    side = exported.backbone.pretrained_cfg["input_size"][-1]  # pyright: ignore[reportIndexIssue, reportArgumentType, reportCallIssue]
+    side = pretrained_cfg(exported.backbone)["input_size"][-1]
     pixels = torch.rand(4, 3, side, side, generator=torch.Generator().manual_seed(0))
     pixels = pixels.to(classifier.mean.device, classifier.dtype)
     with torch.no_grad(), AttackMode(classifier)("running"), classifier.branch("adv"):
@@ -118,7 +123,7 @@ def load_exported(out_dir: str | Path) -> Classifier:
         backbone = timm.create_model(f"local-dir:{out_dir}", pretrained=True)
     except (KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(f"{out_dir}: timm can't load it: {' '.join(str(error).split())[:200]}") from error
-    cfg = backbone.pretrained_cfg
+    cfg = pretrained_cfg(backbone)
     return Classifier(backbone, cfg["mean"], cfg["std"]).eval()
 
 
@@ -145,7 +150,7 @@ def _requirement(name: str) -> dict[str, str]:
 
 
 def _replace(target: Path, source: Path) -> None:
-    """Put a finished folder in the place of an earlier one; a crash leaves one of the two whole, if under a new name."""
+    """Put a finished folder in the place of an earlier one; a crash leaves one of the two whole."""
     if target.exists():
         old = target.with_name(f".{target.name}.old.{os.getpid()}")
         target.rename(old)

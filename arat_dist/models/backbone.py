@@ -6,7 +6,7 @@ import difflib
 import logging
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 from safetensors import SafetensorError
@@ -38,7 +38,7 @@ def create_backbone(model: ModelConfig, *, num_classes: int, image_size: int) ->
     Raises:
         UserError: unknown name, arguments that the architecture doesn't take, pretrained weights out of reach.
     """
-    cfg = _pretrained_cfg(model.name)
+    cfg = _find_cfg(model.name)
     for key, right in RESERVED_ARGS.items():
         if key in model.args:
             raise UserError(f"model.args: {key}: is set by {right}")
@@ -52,6 +52,11 @@ def create_backbone(model: ModelConfig, *, num_classes: int, image_size: int) ->
         key = f"model.args: {model.args}" if model.args else f"data.image_size: {image_size}"
         raise UserError(f"{key}: {model.name} can't be built so: {_one_line(error)}") from error
     return _load_pretrained(model, num_classes, args) if model.pretrained else net
+
+
+def pretrained_cfg(net: nn.Module) -> dict[str, Any]:
+    """What timm notes on a net that it built: mean, std, input_size, the classifier's name."""
+    return cast("dict[str, Any]", getattr(net, "pretrained_cfg", {}))
 
 
 def load_checkpoint(net: nn.Module, path: str) -> None:
@@ -74,7 +79,7 @@ def load_checkpoint(net: nn.Module, path: str) -> None:
     net.load_state_dict(state, strict=False)
 
 
-def _pretrained_cfg(name: str) -> dict[str, Any]:
+def _find_cfg(name: str) -> dict[str, Any]:
     """What timm notes on an architecture (UserError if timm doesn't know it, with names that it knows)."""
     architecture = name.partition(".")[0]
     if not timm.is_model(architecture):
@@ -117,7 +122,7 @@ def _read_weights(path: str) -> dict[str, Tensor]:
 
 def _head_keys(net: nn.Module) -> set[str]:
     """State-dict keys of the classifier layers."""
-    names = getattr(net, "pretrained_cfg", {}).get("classifier") or ()
+    names = pretrained_cfg(net).get("classifier") or ()
     names = (names,) if isinstance(names, str) else names
     return {f"{name}.{part}" for name in names for part in ("weight", "bias")}
 

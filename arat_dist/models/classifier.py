@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from arat_dist.config import ModelConfig
 from arat_dist.errors import UserError
-from arat_dist.models.backbone import create_backbone, load_checkpoint
+from arat_dist.models.backbone import create_backbone, load_checkpoint, pretrained_cfg
 from arat_dist.models.split_norm import AttackMode, Branch, Switch, split_norms
 from arat_dist.models.taps import Recorder, automatic_taps, check_taps
 
@@ -97,7 +97,7 @@ def build_classifier(
     backbone = create_backbone(model, num_classes=num_classes, image_size=image_size)
     if model.checkpoint is not None:
         load_checkpoint(backbone, model.checkpoint)
-    cfg = getattr(backbone, "pretrained_cfg", {})
+    cfg = pretrained_cfg(backbone)
     names = automatic_taps(backbone) if taps == "auto" else tuple(taps or ())
     switch = None if split == "none" else split_norms(backbone, split)
     if taps is not None:
