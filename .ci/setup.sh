@@ -67,7 +67,7 @@ if [ "$(.venv/bin/python -c 'import sys; print("%d.%d" % sys.version_info[:2])' 
 fi
 rm -f $stamp
 say "installing the pinned Python packages into .venv (about 6 GB with CUDA; minutes)"
-pip() { .venv/bin/python -m pip --disable-pip-version-check -q "$@"; }
+pip() { .venv/bin/python -m pip --disable-pip-version-check -qq "$@"; }
 pip install -c constraints.txt pip setuptools
 # Builds are pinned too. DeepSpeed compiles nothing now: its operators would need torch at build time.
 DS_BUILD_OPS=0 pip install -c constraints.txt --build-constraint constraints.txt -e '.[dev]'
