@@ -96,7 +96,7 @@ class DDPEngine:
         if rank.world_size > 1:
             # Statistics of the norms are per rank in training; `average_statistics` joins them where they are used.
             self._wrapped = DistributedDataParallel(
-                self.objective, broadcast_buffers=False, gradient_as_bucket_view=True
+                self.objective, forward_sync_buffers=False, gradient_as_bucket_view=True
             )
 
     def __call__(self, images: Tensor, labels: Tensor, keys: Tensor) -> Output:

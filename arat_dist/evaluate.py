@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arat_dist.attacks import PGD
-from arat_dist.config import EvalConfig, Recipe
+from arat_dist.config import DataConfig, EvalConfig, Recipe
 from arat_dist.data.loader import Loader, val_loader
 from arat_dist.data.order import eval_shares
 from arat_dist.engine import Rank
@@ -59,24 +58,43 @@ class Scores:
         }
 
 
-def evaluation_attack(config: EvalConfig, *, norm: str, eps: float) -> PGD | None:
-    """The attack named pgdN as this project defines it: uniform start, steps of eps/4, one restart; None for "none"."""
-    if config.attack == "none":
-        return None
-    return PGD(norm, eps, eps / 4, int(config.attack.removeprefix("pgd")), random_start=True, seed=config.seed)
+def evaluate(classifier: Classifier, data: DataConfig, config: EvalConfig, rank: Rank) -> Scores:
+    """Evaluate on data.val with the attack that the section names; every rank calls it and gets the same scores.
 
-
-def evaluate_recipe(classifier: Classifier, recipe: Recipe, rank: Rank) -> Scores:
-    """Evaluate on the recipe's validation set with the attack that its eval section names."""
-    config = recipe.eval
-    norm, eps = config.norm or recipe.attack.norm, config.eps or recipe.attack.eps
-    attack = evaluation_attack(config, norm=norm, eps=eps)
-    with closing(val_loader(recipe.data, config.batch_size)) as loader:
+    `config.norm` and `config.eps` must be given (`eval_config` fills them from a recipe).
+    """
+    assert config.norm is not None
+    assert config.eps is not None
+    attack = evaluation_attack(config)
+    with val_loader(data, config.batch_size) as loader:
         shares = subset_shares(loader.num_samples, config, rank)
         counts = count_correct(classifier, loader, shares, attack, rank.device)
     num_samples, num_clean, num_robust = rank.all_reduce(counts).tolist()
-    steps = attack.steps if attack else 0
-    return Scores(num_samples, num_clean, num_robust if attack else None, config.attack, steps, norm, eps)
+    return Scores(
+        num_samples,
+        num_clean,
+        num_robust if attack else None,
+        attack=config.attack,
+        attack_steps=attack.steps if attack else 0,
+        norm=config.norm,
+        eps=config.eps,
+    )
+
+
+def eval_config(recipe: Recipe) -> EvalConfig:
+    """The recipe's eval section, norm and eps taken over from the attack in training where it doesn't name them."""
+    norm, eps = recipe.eval.norm or recipe.attack.norm, recipe.eval.eps or recipe.attack.eps
+    return recipe.eval.model_copy(update={"norm": norm, "eps": eps})
+
+
+def evaluation_attack(config: EvalConfig) -> PGD | None:
+    """The attack named pgdN as this project defines it: uniform start, steps of eps/4, one restart; None for "none"."""
+    if config.attack == "none":
+        return None
+    assert config.norm is not None
+    assert config.eps is not None
+    steps = int(config.attack.removeprefix("pgd"))
+    return PGD(config.norm, config.eps, config.eps / 4, steps, random_start=True, seed=config.seed)
 
 
 def subset_shares(num_samples: int, config: EvalConfig, rank: Rank) -> list[np.ndarray]:

@@ -95,6 +95,7 @@ class Mirror(Follower):
     def _connect(self) -> None:
         from mlflow.tracking import MlflowClient  # seconds of import, in this thread
 
+        logging.getLogger("mlflow").setLevel(logging.WARNING)  # the tables of a new database are no news
         self._client = MlflowClient(self.uri)
         notes = self._run.folder.read_json(MLFLOW)
         if notes.get("tracking_uri") == self.uri:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from contextlib import closing
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -18,7 +17,8 @@ from arat_dist.data.loader import train_loader
 from arat_dist.data.manifest import load_manifest
 from arat_dist.data.order import SampleOrder
 from arat_dist.engine import Engine, Rank, average_statistics, build_engine
-from arat_dist.evaluate import evaluate_recipe
+from arat_dist.evaluate import eval_config, evaluate
+from arat_dist.models.classifier import Classifier
 from arat_dist.objectives import build_objective
 from arat_dist.optim import build_ema, lr_at
 from arat_dist.run import Run
@@ -34,7 +34,7 @@ def train(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
     settings = recipe.train
     torch.manual_seed(settings.seed)
     order = sample_order(recipe)
-    stop = min(order.num_steps, settings.max_steps or order.num_steps)
+    stop = num_steps(recipe)
     engine = build_engine(
         build_objective(recipe), recipe.engine, recipe.optim, rank, channels_last=settings.channels_last
     )
@@ -45,7 +45,7 @@ def train(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
         run.begin_attempt(step=start, num_steps=stop, world_size=rank.world_size)
 
     engine.objective.train()
-    with closing(train_loader(recipe.data, settings.seed, order.largest_share(rank.world_size))) as loader:
+    with train_loader(recipe.data, settings.seed, order.largest_share(rank.world_size)) as loader:
         batches = loader.iterate(order.shares(rank.index, rank.world_size, start, stop))
         for step, batch in enumerate(batches, start):
             seed_step(settings.seed, step, rank)
@@ -67,8 +67,8 @@ def train(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
             if done == stop or (done % settings.checkpoint_every == 0 if settings.checkpoint_every else epoch_ends):
                 save(run, engine, ema, rank, done, keep=settings.keep_checkpoints)
 
-    classifier = engine.objective.classifier if ema is None else ema.module
-    scores = evaluate_recipe(classifier, recipe, rank)
+    classifier = engine.objective.classifier if ema is None else cast(Classifier, ema.module)
+    scores = evaluate(classifier, recipe.data, eval_config(recipe), rank)
     return {
         "epochs": settings.epochs,
         "steps": stop,
@@ -84,6 +84,12 @@ def sample_order(recipe: Recipe) -> SampleOrder:
     """The order of the recipe's samples over the whole run."""
     num_samples = load_manifest(recipe.data.train).num_samples
     return SampleOrder(num_samples, recipe.train.global_batch_size, recipe.train.epochs, recipe.train.seed)
+
+
+def num_steps(recipe: Recipe) -> int:
+    """Steps of the whole run."""
+    num_steps = sample_order(recipe).num_steps
+    return min(num_steps, recipe.train.max_steps or num_steps)
 
 
 def learning_rate(recipe: Recipe, order: SampleOrder, step: int) -> float:

@@ -1,0 +1,163 @@
+"""What can be evaluated or taken home: a run, an exported folder, or any timm architecture with a weights file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import timm
+
+from arat_dist.checkpoint import load_newest
+from arat_dist.config import DataConfig, EvalConfig, ModelConfig, Recipe
+from arat_dist.data.manifest import check_beton, load_manifest
+from arat_dist.errors import UserError
+from arat_dist.evaluate import eval_config
+from arat_dist.export import export_timm, load_exported, read_metadata, verify_export
+from arat_dist.models.backbone import create_backbone, load_checkpoint, pretrained_cfg
+from arat_dist.models.classifier import Classifier
+from arat_dist.objectives import build_objective
+from arat_dist.run import RECIPE, Run
+
+Weights = Literal["raw", "ema"]
+
+TIMM = "timm:"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A net to evaluate, and what is known of how.
+
+    classifier: in evaluation mode, on the CPU.
+    data: val is the set to evaluate on.
+    config: attack, norm and eps; the latter two None where nothing says them.
+    """
+
+    classifier: Classifier
+    data: DataConfig
+    config: EvalConfig
+
+
+def open_target(target: str, *, weights: Weights | None = None, val: str | None = None) -> Target:
+    """Open RUN, EXPORT_DIR or timm:ARCH[:WEIGHTS_FILE].
+
+    Args:
+        target: a run's folder, an exported folder, or timm:...
+        weights: for a run, which of its weights; default: the averaged ones where it keeps them.
+        val: data set to evaluate on; default: the run's own.
+
+    Raises:
+        UserError: it is none of the three, or doesn't fit the data.
+    """
+    if target.startswith(TIMM):
+        return _open_timm(target, _needed(val, target))
+    if (Path(target) / "config.json").is_file():
+        return _open_export(target, _needed(val, target))
+    try:
+        run = Run.at(target)
+    except UserError:
+        right = f"a run ({RECIPE} in it), an export (config.json in it) or {TIMM}ARCH[:WEIGHTS_FILE] would be right"
+        raise UserError(f"{target}: {right}") from None
+    recipe = run.recipe()
+    data = recipe.data.model_copy(update={"val": val or recipe.data.val})
+    check_classes(data.val, recipe.data.num_classes)
+    return Target(load_run(run, recipe, weights), data, eval_config(recipe))
+
+
+def load_run(run: Run, recipe: Recipe, weights: Weights | None = None) -> Classifier:
+    """The classifier in a run's newest good checkpoint (UserError: there is none, or it lacks those weights)."""
+    checkpoint = load_newest(run.checkpoints, with_optimizer=False)
+    if checkpoint is None:
+        raise UserError(f"{run.folder.uri}: has no whole checkpoint yet")
+    # Weights come from the checkpoint: what the net started from is not asked for again.
+    model = recipe.model.model_copy(update={"pretrained": False, "checkpoint": None})
+    classifier = build_objective(recipe.model_copy(update={"model": model})).classifier
+    chosen = weights or ("ema" if "ema" in checkpoint.weights else "raw")
+    if chosen == "ema":
+        if "ema" not in checkpoint.weights:
+            raise UserError(f"--weights: ema: {run.folder.uri} keeps none (train.ema_decay); raw would be right")
+        classifier.load_state_dict(checkpoint.weights["ema"])
+    else:
+        prefix = "classifier."
+        state = {k.removeprefix(prefix): v for k, v in checkpoint.weights["model"].items() if k.startswith(prefix)}
+        classifier.load_state_dict(state)
+    return classifier.eval()
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported folder, and by how much its logits differ from the net's that it came from."""
+
+    folder: Path
+    max_difference: float
+
+
+def export_run(run: Run, out_dir: Path, weights: Weights | None = None) -> Exported:
+    """Write a run's adv branch as a plain timm checkpoint, load that back by timm alone and compare the logits."""
+    recipe = run.recipe()
+    classifier = load_run(run, recipe, weights)
+    summary = run.summary()
+    attack = eval_config(recipe)
+    metadata = {
+        "run": run.name,
+        "recipe_sha256": recipe.sha256(),
+        "objective": recipe.objective.name,
+        "norm": attack.norm,
+        "eps": attack.eps,
+        **{key: summary.get(key) for key in ("clean_accuracy", "robust_accuracy", "robust_attack")},
+    }
+    folder = export_timm(
+        classifier.state_dict(),
+        recipe.model,
+        recipe.data.num_classes,
+        recipe.data.image_size,
+        out_dir,
+        load_manifest(recipe.data.train).class_names if Path(recipe.data.train).exists() else None,
+        metadata,
+        crop_pct=recipe.data.val_crop,
+    )
+    return Exported(folder, verify_export(folder, classifier))
+
+
+def check_classes(val: str, num_classes: int) -> None:
+    """Refuse a data set with another number of classes than the net (UserError)."""
+    manifest = check_beton(val)
+    if manifest.num_classes != num_classes:
+        raise UserError(f"--data: {val}: has {manifest.num_classes} classes, the net has {num_classes}")
+
+
+def _open_export(folder: str, val: str) -> Target:
+    metadata = read_metadata(folder)
+    config = EvalConfig(norm=metadata.get("norm"), eps=metadata.get("eps"))
+    return _bare_target(load_exported(folder), val, config)
+
+
+def _open_timm(target: str, val: str) -> Target:
+    name, _, file = target.removeprefix(TIMM).partition(":")
+    known = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+    backbone = create_backbone(
+        ModelConfig(name=name, pretrained=not file),
+        num_classes=check_beton(val).num_classes,
+        image_size=known.input_size[-1] if known else 224,
+    )
+    if file:
+        load_checkpoint(backbone, file)
+    cfg = pretrained_cfg(backbone)
+    return _bare_target(Classifier(backbone, cfg["mean"], cfg["std"]).eval(), val, EvalConfig())
+
+
+def _bare_target(classifier: Classifier, val: str, config: EvalConfig) -> Target:
+    """A net without a recipe: picture size and crop as timm notes them."""
+    cfg = pretrained_cfg(classifier.backbone)
+    num_classes = int(classifier.backbone.num_classes)  # pyright: ignore[reportArgumentType]
+    check_classes(val, num_classes)
+    data = DataConfig(
+        train=val, val=val, num_classes=num_classes, image_size=cfg["input_size"][-1], val_crop=cfg["crop_pct"]
+    )
+    return Target(classifier, data, config)
+
+
+def _needed(val: str | None, target: str) -> str:
+    if val is None:
+        raise UserError(f"--data: missing: {target} doesn't say what to evaluate on; FILE.beton would be right")
+    return val

@@ -1,0 +1,258 @@
+"""The `arat` command: parse, call one function, print. Progress goes to stderr, results to stdout."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import Progress
+
+from arat_dist.config import EvalConfig, iter_keys, load_recipe, parse_number
+from arat_dist.errors import UserError
+
+# Verbs import what they run when they run: `arat --help` and a mistyped recipe answer without torch and Ray.
+
+BAD_INPUT = 2
+FAILED = 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit status: 0 done, 1 the work failed, 2 bad usage or bad input."""
+    args, extra = _parser().parse_known_args(argv)
+    _set_up_logging()
+    try:
+        args.overrides = _overrides(extra, allowed=args.verb in ("train", "demo"))
+        result = args.run(args)
+    except UserError as error:
+        print(f"arat: {error}", file=sys.stderr)
+        return BAD_INPUT
+    except KeyboardInterrupt:
+        print("arat: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return FAILED
+    except Exception:
+        logging.getLogger("arat").exception("the work failed")
+        return FAILED
+    if args.json and result is not None:
+        print(json.dumps(result))
+    return 0
+
+
+def demo(args: argparse.Namespace) -> dict[str, Any]:
+    """`arat demo`."""
+    from launcher.demo import demo as run_demo
+    from launcher.progress import results_table
+
+    summary = run_demo(args.overrides)
+    standard = summary | {
+        "clean_accuracy": summary["standard_clean_accuracy"],
+        "robust_accuracy": summary["standard_robust_accuracy"],
+    }
+    _print_unless_json(
+        args,
+        results_table("Handwritten digits, trained for as long", [("ARAT", summary), ("standard", standard)]),
+        f"took {summary['wall_s']:.0f} s; a plain timm checkpoint is in {summary['export']}\n"
+        f"  timm.create_model('local-dir:{summary['export']}', pretrained=True)",
+    )
+    return summary
+
+
+def data_write(args: argparse.Namespace) -> dict[str, Any]:
+    """`arat data write`."""
+    from arat_dist.data.beton import write_beton
+    from arat_dist.data.sources import open_source
+    from launcher.progress import console
+
+    source = open_source(args.source, labels=args.labels, classes_from=args.classes_from)
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(f"writing {args.out}", total=len(source))
+        manifest = write_beton(
+            source,
+            args.out,
+            max_side=args.max_side,
+            jpeg_quality=args.jpeg_quality,
+            num_workers=args.processes,
+            on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    _print_unless_json(args, f"{args.out}: {manifest.num_samples} pictures of {manifest.num_classes} classes")
+    return manifest.model_dump(mode="json")
+
+
+def data_check(args: argparse.Namespace) -> dict[str, Any]:
+    """`arat data check`."""
+    from arat_dist.data.manifest import check_beton
+
+    manifest = check_beton(args.file, hash=True)
+    _print_unless_json(
+        args, f"{args.file}: whole, {manifest.num_samples} pictures of {manifest.num_classes} classes, SHA-256 agrees"
+    )
+    return manifest.model_dump(mode="json")
+
+
+def train(args: argparse.Namespace) -> dict[str, Any] | None:
+    """`arat train`."""
+    recipe = load_recipe(args.recipe, args.overrides + _shorthands(args))
+    if args.print_config:
+        print(recipe.to_yaml(), end="")
+        return None
+    from arat_dist.run import Run
+    from launcher.fit import train_with_progress
+    from launcher.progress import console, results_table
+
+    name = args.name or Path(args.recipe).stem
+    if finished := Run(recipe.cluster.storage, name).summary():
+        console.print(f"{name}: finished already; another --name would train again", highlight=False)
+        summary = finished
+    else:
+        summary = train_with_progress(recipe, name)
+    _print_unless_json(args, results_table(name, [(summary["objective"], summary)]))
+    return summary
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """`arat eval`."""
+    from launcher.evaluate import evaluate_target
+    from launcher.progress import results_table
+
+    changes = {"attack": args.attack, "norm": args.norm, "eps": args.eps and parse_number(args.eps)}
+    changes |= {"limit": args.limit, "batch_size": args.batch_size}
+    result = evaluate_target(
+        args.target,
+        weights=args.weights,
+        val=args.data,
+        changes={key: value for key, value in changes.items() if value is not None},
+        num_workers=args.workers,
+    )
+    _print_unless_json(args, results_table(args.target, [("", result)]))
+    return result
+
+
+def export(args: argparse.Namespace) -> dict[str, Any]:
+    """`arat export`."""
+    from arat_dist.run import Run
+    from arat_dist.targets import export_run
+
+    exported = export_run(Run.at(args.target), args.out_dir, args.weights)
+    _print_unless_json(
+        args,
+        f"{exported.folder}: loads with timm.create_model('local-dir:{exported.folder}', pretrained=True); "
+        f"its logits differ by at most {exported.max_difference:.1e}",
+    )
+    return {"export": str(exported.folder), "max_difference": exported.max_difference}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="arat", description="Adversarially robust image classifiers: train, evaluate, export.", allow_abbrev=False
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    verb = _verb(verbs, "demo", demo, "the main job on handwritten digits, in minutes")
+    verb.epilog = "Recipe keys can be overridden, as in --train.seed 1."
+
+    data = verbs.add_parser("data", help="write and check data sets").add_subparsers(
+        dest="data_verb", required=True, metavar="VERB"
+    )
+    verb = _verb(data, "write", data_write, "write pictures as a .beton with its manifest")
+    verb.add_argument("source", metavar="SOURCE", help="folder:PATH | torchvision:CIFAR10:PATH | digits:train|val")
+    verb.add_argument("out", metavar="OUT.beton", type=Path)
+    verb.add_argument("--labels", help="for a flat folder: a list of NAME LABEL lines, or LOC_val_solution.csv")
+    verb.add_argument("--classes-from", metavar="TRAIN.beton", help="for a flat folder: the set whose classes it has")
+    verb.add_argument("--max-side", type=_positive, default=500, help="shrink longer pictures to this side (500)")
+    verb.add_argument("--jpeg-quality", type=_positive, default=90, help="of pictures stored as JPEG (90)")
+    verb.add_argument("--processes", type=_positive, default=os.cpu_count() or 1, help="that encode (all cores)")
+    verb = _verb(data, "check", data_check, "compare a .beton with its manifest, the SHA-256 included")
+    verb.add_argument("file", metavar="FILE.beton", type=Path)
+
+    verb = _verb(verbs, "train", train, "train a recipe, or go on with an unfinished run")
+    verb.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+    verb.add_argument("--name", help="the run's folder under cluster.storage (default: the recipe's name)")
+    verb.add_argument("--workers", type=int, help="cluster.workers; 0: in this process, without Ray")
+    verb.add_argument("--address", help="cluster.address")
+    verb.add_argument("--max-steps", type=int, help="train.max_steps")
+    verb.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
+    verb.formatter_class = argparse.RawDescriptionHelpFormatter
+    verb.epilog = "Any recipe key can be overridden with --SECTION.KEY VALUE:\n\n" + "\n".join(
+        f"  --{key} (default: {default})\n        {doc}" for key, default, doc in iter_keys()
+    )
+
+    verb = _verb(verbs, "eval", evaluate, "measure clean and robust accuracy")
+    verb.add_argument("target", metavar="RUN|EXPORT_DIR|timm:ARCH[:WEIGHTS_FILE]")
+    verb.add_argument("--weights", choices=["raw", "ema"], help="of a run (default: ema where it is kept)")
+    verb.add_argument("--attack", help="none or pgdN, such as pgd20 (default: the recipe's)")
+    verb.add_argument("--norm", help="linf or l2 (default: the recipe's)")
+    verb.add_argument("--eps", help="radius in pixel units, such as 8/255 (default: the recipe's)")
+    verb.add_argument("--data", metavar="FILE.beton", help="what to evaluate on (default: the recipe's data.val)")
+    verb.add_argument("--workers", type=int, default=0, help="Ray workers that share the work; 0: this process (0)")
+    verb.add_argument("--limit", type=_positive, help="only so many pictures, evenly spaced")
+    verb.add_argument("--batch-size", type=_positive, help=f"per worker ({EvalConfig().batch_size})")
+
+    verb = _verb(verbs, "export", export, "write a run's adv branch as a plain timm checkpoint")
+    verb.add_argument("target", metavar="RUN")
+    verb.add_argument("out_dir", metavar="OUT_DIR", type=Path)
+    verb.add_argument("--weights", choices=["raw", "ema"], help="(default: ema where it is kept)")
+    verb.add_argument("--format", choices=["timm"], default="timm")
+    return parser
+
+
+def _verb(verbs: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+    """A verb's parser, with what all verbs have."""
+    parser = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _overrides(extra: Sequence[str], *, allowed: bool) -> list[tuple[str, str]]:
+    """--SECTION.KEY VALUE and --SECTION.KEY=VALUE, as pairs (UserError)."""
+    pairs, rest = [], list(extra)
+    while rest:
+        option = rest.pop(0)
+        if not allowed or not option.startswith("--"):
+            raise UserError(f"{option}: unknown argument; `arat VERB --help` lists them")
+        key, has_value, value = option[2:].partition("=")
+        if not has_value:
+            if not rest:
+                raise UserError(f"{option}: a value is missing")
+            value = rest.pop(0)
+        pairs.append((key, value))
+    return pairs
+
+
+def _shorthands(args: argparse.Namespace) -> list[tuple[str, Any]]:
+    given = {"cluster.workers": args.workers, "cluster.address": args.address, "train.max_steps": args.max_steps}
+    return [(key, value) for key, value in given.items() if value is not None]
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: at least 1")
+    return value
+
+
+def _print_unless_json(args: argparse.Namespace, *parts: Any) -> None:
+    if not args.json:
+        console = Console()
+        for part in parts:
+            console.print(part, highlight=False, soft_wrap=isinstance(part, str))
+
+
+def _set_up_logging() -> None:
+    from launcher.progress import console
+
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s", handlers=[RichHandler(console=console, show_path=False)]
+    )
+    logging.getLogger("arat_dist").setLevel(logging.INFO)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

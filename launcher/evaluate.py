@@ -1,0 +1,59 @@
+"""`arat eval`: the evaluation over a worker group, or in this process."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from arat_dist.config import ClusterConfig, EvalConfig
+from arat_dist.engine import Rank
+from arat_dist.errors import UserError
+from arat_dist.evaluate import evaluate
+from arat_dist.targets import Target, Weights, open_target
+from launcher.fit import run_workers
+
+
+def evaluate_target(
+    target: str, *, weights: Weights | None, val: str | None, changes: dict[str, Any], num_workers: int
+) -> dict[str, Any]:
+    """Measure a run, an export or a timm net.
+
+    Args:
+        target: RUN, EXPORT_DIR or timm:ARCH[:WEIGHTS_FILE].
+        weights: of a run; default: the averaged ones where it keeps them.
+        val: a .beton; default: the run's own validation set.
+        changes: keys of the eval section that differ from the run's.
+        num_workers: size of the worker group; 0 stays in this process.
+
+    Returns:
+        The JSON object of `arat eval`.
+    """
+    began = time.perf_counter()
+    opened = open_target(target, weights=weights, val=val)
+    config = _changed(opened.config, changes)
+    if config.eps is None or config.norm is None:
+        raise UserError(f"--eps: missing: {target} doesn't say what it was trained for; --norm linf --eps 8/255, say")
+    data = opened.data.model_copy(update={"val": str(Path(opened.data.val).absolute())})
+    work = partial(_evaluate, Target(opened.classifier, data, config))
+    scores = run_workers(work, ClusterConfig(workers=num_workers), "eval")
+    return scores | {"warnings": [], "wall_s": round(time.perf_counter() - began, 1)}
+
+
+def _changed(config: EvalConfig, changes: dict[str, Any]) -> EvalConfig:
+    try:
+        return EvalConfig.model_validate(config.model_dump() | {"eps": config.eps, "norm": config.norm} | changes)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UserError(
+            f"--{first['loc'][0]}: {first['input']!r}: {first['msg'].removeprefix('Value error, ')}"
+        ) from None
+
+
+def _evaluate(target: Target, rank: Rank) -> dict[str, Any]:
+    scores = evaluate(target.classifier.to(rank.device), target.data, target.config, rank)
+    summary = scores.summary()
+    return {"attack": summary.pop("robust_attack"), **summary}

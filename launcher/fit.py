@@ -1,0 +1,164 @@
+"""Ray Train around the loop: the same function on any number of workers, or in this process without Ray."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from arat_dist.config import ClusterConfig, Recipe
+from arat_dist.engine import Rank
+from arat_dist.preflight import check_recipe
+from arat_dist.run import Run
+from arat_dist.storage import Storage
+from arat_dist.tracking import Follower, Mirror, tracking_uri
+from arat_dist.train import num_steps, train
+from launcher.progress import TrainingProgress
+
+# Read by Ray when it is imported or starts: nothing phones home, and nobody joins without the token.
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("RAY_AUTH_MODE", "token")
+# Nothing here reacts to a notice of preemption yet, and Ray 2.60's watcher begins each run with an error line.
+os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+# Nothing but a recipe goes through Ray's object store; its default is 30 % of the machine's memory.
+_OBJECT_STORE_BYTES = 128 * 2**20
+
+
+def fit(recipe: Recipe, name: str, on_line: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:
+    """Train a recipe under a name, or go on with the unfinished run of that name; returns the summary.
+
+    A finished run is left as it is.
+
+    Args:
+        recipe: the resolved recipe.
+        name: the run's folder under cluster.storage.
+        on_line: gets every line of metrics.jsonl as it comes, in a thread of its own.
+
+    Raises:
+        UserError: something that the user gave can't work; nothing was started or written.
+    """
+    began = time.perf_counter()
+    run = Run(recipe.cluster.storage, name)
+    if summary := run.summary():
+        return summary
+    check_recipe(recipe)
+    uri = tracking_uri(recipe, run)
+    run.open(recipe)
+    mirror = Mirror(run, recipe, uri) if uri else None
+    followers = [Follower(run, on_line), *([mirror] if mirror else [])]
+    for follower in followers:
+        follower.start()
+    try:
+        work = partial(train, with_absolute_paths(recipe), Run(run.storage.uri, name))
+        trained = run_workers(work, recipe.cluster, name)
+    finally:
+        followers[0].stop()
+    if mirror:
+        mirror.finish(trained)
+    summary = {
+        "name": name,
+        "recipe_sha256": recipe.sha256(),
+        "objective": recipe.objective.name,
+        "model": recipe.model.name,
+        **trained,
+        "wall_s": round(time.perf_counter() - began, 1),
+        "mlflow_tracking_uri": uri,
+        "mlflow_run_id": mirror.run_id if mirror else None,
+        "restarts": run.num_attempts() - 1,
+    }
+    run.finish(summary)
+    return summary
+
+
+def train_with_progress(recipe: Recipe, name: str) -> dict[str, Any]:
+    """`fit` with a progress bar."""
+    check_recipe(recipe)
+    with TrainingProgress(f"{name} ({recipe.objective.name})", num_steps(recipe)) as progress:
+        return fit(recipe, name, progress.update)
+
+
+def run_workers(work: Callable[[Rank], T], cluster: ClusterConfig, name: str) -> T:
+    """Call `work` on every rank of a worker group and return the first rank's answer.
+
+    Args:
+        work: picklable; called with the rank once its process group is up.
+        cluster: workers 0 calls it in this process.
+        name: the group's name in Ray.
+    """
+    if cluster.workers == 0:
+        torch.set_num_threads(cluster.cpus_per_worker)
+        return work(Rank(0, 1, torch.device("cuda" if cluster.gpus_per_worker else "cpu")))
+    connect(cluster)
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    resources = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
+    trainer = TorchTrainer(
+        partial(_on_worker, work, cluster.cpus_per_worker),
+        scaling_config=ScalingConfig(
+            num_workers=cluster.workers, use_gpu=bool(cluster.gpus_per_worker), resources_per_worker=resources
+        ),
+        # Runs resume from their own checkpoints, so each launch is a new one to Ray.
+        run_config=RunConfig(
+            name=f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}",
+            storage_path=(Storage(cluster.storage) / ".ray").uri,
+            failure_config=FailureConfig(max_failures=cluster.max_failures),
+        ),
+    )
+    return trainer.fit().return_value  # pyright: ignore[reportReturnType]
+
+
+def connect(cluster: ClusterConfig) -> None:
+    """Join the cluster at cluster.address, or start one in this machine's processes, once."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    quiet = {"logging_level": logging.WARNING}
+    if cluster.address is not None:
+        ray.init(cluster.address, **quiet)
+        return
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    ray.init(
+        num_cpus=max(os.cpu_count() or 1, cluster.workers * cluster.cpus_per_worker),
+        # Without the dashboard, Ray Train can't see its own controller and leaks placement groups; it costs a second.
+        include_dashboard=True,
+        object_store_memory=_OBJECT_STORE_BYTES,
+        _node_ip_address="127.0.0.1",
+        **quiet,
+    )
+
+
+def with_absolute_paths(recipe: Recipe) -> Recipe:
+    """The recipe as workers need it: their working directory is their own."""
+
+    def absolute(path: str) -> str:
+        return path if "://" in path else str(Path(path).absolute())
+
+    data = recipe.data.model_copy(update={"train": absolute(recipe.data.train), "val": absolute(recipe.data.val)})
+    checkpoint = recipe.model.checkpoint and absolute(recipe.model.checkpoint)
+    model = recipe.model.model_copy(update={"checkpoint": checkpoint})
+    return recipe.model_copy(update={"data": data, "model": model})
+
+
+def _on_worker(work: Callable[[Rank], T], num_threads: int) -> T:
+    from ray.train import get_context
+    from ray.train.torch import get_device
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(num_threads)
+    context, device = get_context(), get_device()
+    assert isinstance(device, torch.device)
+    return work(Rank(context.get_world_rank(), context.get_world_size(), device))

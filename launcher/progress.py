@@ -1,0 +1,85 @@
+"""What a person sees of a run: a progress bar on a terminal, plain lines elsewhere, tables at the end."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+console = Console(stderr=True)
+"""Logs and progress: never on stdout, which is for results."""
+
+
+class TrainingProgress:
+    """Shows the lines of metrics.jsonl as they come.
+
+    Args:
+        title: what is being trained.
+        num_steps: steps of the whole run.
+    """
+
+    def __init__(self, title: str, num_steps: int):
+        self._title, self._num_steps = title, num_steps
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(title, total=num_steps, state="starting workers")
+
+    def __enter__(self) -> TrainingProgress:
+        self._bar.start()
+        if not console.is_terminal:
+            console.print(f"{self._title}: starting workers", highlight=False)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def update(self, line: dict[str, Any]) -> None:
+        """Show one line."""
+        state = describe(line)
+        if line["step"] >= self._num_steps:
+            state += ", evaluating"
+        self._bar.update(self._task, completed=line["step"], state=state)
+        if not console.is_terminal:
+            left_s = line["time_s"] / line["step"] * (self._num_steps - line["step"])
+            console.print(
+                f"{self._title}: step {line['step']}/{self._num_steps}, {state}, {left_s:.0f} s left",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+def describe(line: dict[str, Any]) -> str:
+    """One line of metrics in words: loss, training accuracies, speed."""
+    accuracies = [
+        f"{name} {line[f'{name}_accuracy']:.1%}" for name in ("clean", "robust") if f"{name}_accuracy" in line
+    ]
+    return ", ".join([f"loss {line['loss']:.3f}", *accuracies, f"{line['images_per_second']:.0f} pictures/s"])
+
+
+def results_table(title: str, rows: list[tuple[str, dict[str, Any]]]) -> Table:
+    """Clean and robust accuracy of several summaries or evaluations, a row each."""
+    table = Table(title=title)
+    for column in ("", "clean", "robust", "attack", "eps", "pictures"):
+        table.add_column(column, justify="left" if column in ("", "attack") else "right")
+    for label, row in rows:
+        table.add_row(
+            label,
+            f"{row['clean_accuracy']:.4f}",
+            "-" if row["robust_accuracy"] is None else f"{row['robust_accuracy']:.4f}",
+            f"{row.get('attack') or row['robust_attack']} {row['norm']}",
+            f"{row['eps'] * 255:.3g}/255" if row["norm"] == "linf" else f"{row['eps']:.4g}",
+            str(row["num_samples"]),
+        )
+    return table
