@@ -23,7 +23,6 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".
 # How people's lists of the labels of ILSVRC's flat val folder are called.
 LIST_NAMES = (
     "LOC_val_solution.csv",
-    "ILSVRC2012_validation_ground_truth.txt",
     "val_labels.txt",
     "val_annotations.txt",
     "labels.txt",
@@ -111,7 +110,7 @@ def read_picture(path: Path) -> Picture:
 
 def to_rgb(image: Image.Image) -> Picture:
     """Convert to RGB uint8 [H,W,3]; transparency is dropped."""
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+    if image.mode == "I" or image.mode.startswith("I;16"):
         # Pillow clips 16-bit grey at 255 instead of scaling it: everything but the darkest would be white.
         grey = np.asarray(image).astype(np.float64) / 257
         image = Image.fromarray(np.clip(np.rint(grey), 0, 255).astype(np.uint8))
@@ -125,7 +124,9 @@ def _open_folder(source: str, root: Path, labels: str | Path | None, classes_fro
     if not root.is_dir():
         raise UserError(f"{source}: {root}: no such folder")
     class_folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if labels is None and class_folders:
+    # Tiny ImageNet's val has its pictures in one folder beside their list: that folder is no class.
+    is_flat = labels is not None or not class_folders or (len(class_folders) == 1 and _list_in(root) is not None)
+    if not is_flat:
         return _open_class_folders(source, root, class_folders)
     list_path = _find_list(source, root, labels)
     known = load_manifest(classes_from).class_names if classes_from is not None else None
@@ -145,7 +146,13 @@ def _open_class_folders(source: str, root: Path, class_names: list[str]) -> Fold
 
 def _pictures_below(folder: Path) -> list[Path]:
     """Picture files at any depth, sorted."""
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
+    return sorted(path for path in found if path.is_file())
+
+
+def _list_in(folder: Path) -> Path | None:
+    """A list of labels under one of its usual names."""
+    return next((folder / name for name in LIST_NAMES if (folder / name).is_file()), None)
 
 
 def _find_list(source: str, root: Path, labels: str | Path | None) -> Path:
@@ -154,10 +161,9 @@ def _find_list(source: str, root: Path, labels: str | Path | None) -> Path:
         if not Path(labels).is_file():
             raise UserError(f"{labels}: no such list of labels")
         return Path(labels)
-    for folder in (root, root.parent):
-        for name in LIST_NAMES:
-            if (folder / name).is_file():
-                return folder / name
+    found = _list_in(root) or _list_in(root.parent)
+    if found is not None:
+        return found
     raise UserError(
         f"{source}: {root} has no class folders, and no list of labels lies in or beside it; "
         "folders named after the classes, or a list of lines 'NAME LABEL', would be right"
@@ -167,21 +173,19 @@ def _find_list(source: str, root: Path, labels: str | Path | None) -> Path:
 def _open_flat(source: str, root: Path, list_path: Path, known: Sequence[str] | None) -> FolderSource:
     """Pictures of one folder, labelled by a list; the list's order is kept."""
     named = _read_list(list_path)
-    paths = {path.stem: path for path in _pictures_below(root)}
+    found = _pictures_below(root)
+    paths = {path.stem: path for path in found}
     if not paths:
         raise UserError(f"{source}: {root}: no pictures in it")
-    if all(name is None for name, _ in named):
-        # ILSVRC's own list has labels alone, in the order of the files' names.
-        if len(named) != len(paths):
-            raise UserError(f"{list_path}: {len(named)} labels for the {len(paths)} pictures of {root}")
-        named = [(stem, label) for stem, (_, label) in zip(sorted(paths), named, strict=True)]
+    if len(paths) < len(found):
+        twice = next(path for path in found if paths[path.stem] != path)
+        raise UserError(f"{twice}: {paths[twice.stem]} has the same name; the list can't tell them apart")
     to_label = _label_reader(list_path, [label for _, label in named], known)
     files = []
     for name, label in named:
-        stem = Path(name or "").stem
-        if stem not in paths:
-            raise UserError(f"{list_path}: names {name!r}, which is not among the pictures of {root}")
-        files.append((paths.pop(stem), to_label[label]))
+        if Path(name).stem not in paths:
+            raise UserError(f"{list_path}: names {name!r} once too often, or it is not among the pictures of {root}")
+        files.append((paths.pop(Path(name).stem), to_label[label]))
     if paths:
         raise UserError(f"{next(iter(paths.values()))}: {list_path} has no label for it")
     return FolderSource(source, to_label.class_names, files)
@@ -193,20 +197,22 @@ class _Labels(dict[str, int]):
     class_names: Sequence[str]
 
 
-def _read_list(path: Path) -> list[tuple[str | None, str]]:
-    """(name, label) of each line: 'NAME LABEL', 'NAME,LABEL ...' (Kaggle), or a label alone."""
+def _read_list(path: Path) -> list[tuple[str, str]]:
+    """(name, label) of each line: 'NAME LABEL ...', or 'NAME,LABEL ...' in a .csv.
+
+    A label alone is refused: ILSVRC's own ground truth is such a list, and numbers the classes in another order.
+    """
     rows = []
     with path.open(newline="") as file:
         for line in csv.reader(file) if path.suffix == ".csv" else map(str.split, file):
             if not line or [cell.strip().lower() for cell in line[:2]] in _HEADERS:
                 continue
+            if len(line) < 2 or not line[1].split():
+                raise UserError(f"{path}: line {' '.join(line)!r}: 'NAME LABEL' would be right")
             # Kaggle's second column is the class and a box, again and again.
-            name, label = (None, line[0]) if len(line) == 1 else (line[0], line[1].split()[0])
-            rows.append((name, label.strip()))
+            rows.append((line[0].strip(), line[1].split()[0]))
     if not rows:
         raise UserError(f"{path}: an empty list; lines 'NAME LABEL' would be right")
-    if len({name is None for name, _ in rows}) > 1:
-        raise UserError(f"{path}: some lines have a name and some have none; lines 'NAME LABEL' would be right")
     return rows
 
 

@@ -1,0 +1,107 @@
+"""Writing: complete with its manifest, or not there at all."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from beton_pictures import Pictures, smooth_picture
+from PIL import Image
+
+from arat_dist.data.beton import BetonLoader, write_beton
+from arat_dist.data.manifest import check_beton
+from arat_dist.data.sources import open_source
+from arat_dist.errors import UserError
+
+
+def folder_of(root: Path, num: int = 6) -> Path:
+    """Two class folders of smooth JPEGs of 40x30."""
+    rng = np.random.default_rng(0)
+    for name in ("n01", "n02"):
+        (root / name).mkdir(parents=True)
+        for index in range(num):
+            Image.fromarray(smooth_picture(rng, 40, 30)).save(root / name / f"{name}_{index}.JPEG")
+    return root
+
+
+def everything_below(root: Path) -> list[str]:
+    return sorted(str(path.relative_to(root)) for path in root.rglob("*"))
+
+
+def test_manifest_tells_what_was_written(tmp_path: Path):
+    rng = np.random.default_rng(0)
+    shapes = [(20, 30), (600, 300), (128, 128), (3, 1200)]
+    source = Pictures([smooth_picture(rng, *shape) for shape in shapes], [0, 2, 2, 0])
+    progress = []
+    manifest = write_beton(
+        source, tmp_path / "a.beton", max_side=500, on_progress=lambda done, total: progress.append((done, total))
+    )
+    assert manifest == check_beton(tmp_path / "a.beton", hash=True)
+    assert manifest.num_samples == 4
+    assert manifest.class_names == ("ant", "bee", "cow")
+    assert manifest.class_counts == (2, 0, 2)
+    # 128x128 is not below 128 * 128 pixels; 3x1200 was shrunk to 1x500, and a side is never 0.
+    assert manifest.raw_share == 0.5
+    assert (manifest.min_size, manifest.max_size) == ((1, 30), (500, 500))
+    assert progress[-1] == (4, 4)
+    assert everything_below(tmp_path) == ["a.beton", "a.manifest.json"]
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_pictures_keep_their_order_and_their_labels(tmp_path: Path, num_workers: int):
+    """More than one chunk of work, so that several workers take part."""
+    rng = np.random.default_rng(0)
+    source = Pictures(list(rng.integers(0, 256, (450, 8, 8, 3), dtype=np.uint8)), [i % 3 for i in range(450)])
+    write_beton(source, tmp_path / "a.beton", num_workers=num_workers)
+    with BetonLoader(tmp_path / "a.beton", batch_size=450, image_size=8) as loader:
+        batch = next(iter(loader.iterate([np.arange(450)])))
+        np.testing.assert_array_equal(batch.images.permute(0, 2, 3, 1).numpy(), np.stack(source.pictures))
+        assert batch.labels.tolist() == source.labels
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_an_unreadable_picture_is_named_and_nothing_is_left(tmp_path: Path, num_workers: int):
+    root = folder_of(tmp_path / "in")
+    (root / "n02" / "n02_3.JPEG").write_bytes((root / "n02" / "n02_3.JPEG").read_bytes()[:300])
+    (tmp_path / "out").mkdir()
+    shared_before = set(os.listdir("/dev/shm"))
+    with pytest.raises(UserError, match=r"n02_3.JPEG: not a readable picture") as caught:
+        write_beton(open_source(f"folder:{root}"), tmp_path / "out" / "a.beton", num_workers=num_workers)
+    assert "\n" not in str(caught.value)
+    assert everything_below(tmp_path / "out") == []
+    assert not [name for name in set(os.listdir("/dev/shm")) - shared_before if name.startswith("psm_")]
+
+
+def test_a_failure_leaves_the_file_before_it_alone(tmp_path: Path, small: Pictures, monkeypatch: pytest.MonkeyPatch):
+    out = tmp_path / "a.beton"
+    manifest = write_beton(small, out)
+    broken = Pictures([*small.pictures[:5], np.zeros((4, 4), np.uint8)], small.labels[:6])
+    monkeypatch.setattr(Pictures, "__getitem__", lambda self, index: (Image.new("RGB", (0, 9)), 0), raising=True)
+    with pytest.raises(UserError, match="picture-0: not a readable picture"):
+        write_beton(broken, out)
+    assert check_beton(out, hash=True) == manifest
+    assert everything_below(tmp_path) == ["a.beton", "a.manifest.json"]
+
+
+def test_a_worker_that_dies_does_not_hang_the_writer(tmp_path: Path):
+    class Deadly(Pictures):
+        def __getitem__(self, index: int):
+            os._exit(9)
+
+    with pytest.raises(RuntimeError, match="died with exit code 9"):
+        write_beton(Deadly([], [0] * 4), tmp_path / "a.beton", num_workers=2)
+    assert everything_below(tmp_path) == []
+
+
+def test_same_input_gives_the_same_file(tmp_path: Path):
+    source = open_source(f"folder:{folder_of(tmp_path / 'in')}")
+    one, other = (write_beton(source, tmp_path / f"{name}.beton") for name in "ab")
+    assert one.sha256 == other.sha256
+
+
+def test_a_name_that_is_no_beton(tmp_path: Path, small: Pictures):
+    with pytest.raises(UserError, match=r"a.bin: the name of a data set ends in .beton"):
+        write_beton(small, tmp_path / "a.bin")
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/a.beton: can't be written"):
+        write_beton(small, tmp_path / "file" / "a.beton")
