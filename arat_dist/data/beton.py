@@ -38,7 +38,7 @@ from arat_dist.errors import UserError
 
 @contextmanager
 def _torch_threads_kept() -> Iterator[None]:
-    """Undo FFCV's habit of setting torch's thread count to its own, on import and in every Loader."""
+    """Undo FFCV's habit of setting torch's thread count, which it does on import."""
     num_threads = torch.get_num_threads()
     try:
         yield
@@ -49,12 +49,12 @@ def _torch_threads_kept() -> Iterator[None]:
 @contextmanager
 def _plain_dictionaries() -> Iterator[None]:
     """Spare FFCV's import a dictionary of numba's for two strings: compiling it takes 5.2 of the import's 5.6 s."""
-    kept = numba.typed.Dict  # pyright: ignore[reportAttributeAccessIssue]
-    numba.typed.Dict = dict  # pyright: ignore[reportAttributeAccessIssue]
+    typed: Any = numba.typed
+    kept, typed.Dict = typed.Dict, dict
     try:
         yield
     finally:
-        numba.typed.Dict = kept
+        typed.Dict = kept
 
 
 with _torch_threads_kept(), _plain_dictionaries():
@@ -62,10 +62,11 @@ with _torch_threads_kept(), _plain_dictionaries():
     from ffcv.fields.basics import IntDecoder
     from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder
     from ffcv.libffcv import ctypes_imdecode, ctypes_resize
-    from ffcv.loader import Loader as FFCVLoader
     from ffcv.memory_allocator import MemoryAllocator
     from ffcv.pipeline.allocation_query import AllocationQuery
     from ffcv.pipeline.compiler import Compiler
+    from ffcv.pipeline.graph import Graph
+    from ffcv.pipeline.pipeline_spec import PipelineSpec
     from ffcv.pipeline.state import State
     from ffcv.reader import Reader
     from ffcv.writer import DatasetWriter, worker_job_indexed_dataset
@@ -392,7 +393,7 @@ class BetonLoader:
             UserError: the file is missing or broken, or pad_crop meets pictures of another size.
         """
         self.path, self.batch_size = Path(path), batch_size
-        table = _read_table(self.path)
+        reader, table = _read_contents(self.path)
         fits = bool(np.all(table[:, 2:4] == image_size))
         if augment == "pad_crop" and not fits:
             raise UserError(
@@ -407,9 +408,9 @@ class BetonLoader:
             box = augment == "random_resized_crop", *areas, float(val_crop)
             decoder = _PictureDecoder(kernels.decode_boxes, image_size, table, seed, flip, *box)
         self._num_samples = len(table)
-        self._ffcv = _open_pipelines(self.path, {"image": [decoder], "label": [_LabelDecoder()]}, batch_size)
-        self._context = self._ffcv.memory_manager.schedule_epoch([])
-        self._context.__enter__()
+        self._metadata = reader.metadata
+        self._graph, self._run = _join_decoders(reader, {"image": decoder, "label": _LabelDecoder()})
+        self._file = np.memmap(self.path, np.uint8, "r")
         self._num_threads, self._pool = threads, ThreadPoolExecutor(threads, "beton-decode")
         self._producers: set[Producer] = set()
 
@@ -429,7 +430,7 @@ class BetonLoader:
             Exception: whatever asking for a share raised.
         """
         # Pinned where there is a GPU, and so allocated in this thread, whose current device is the right one.
-        memory = self._ffcv.graph.allocate_memory(self.batch_size, NUM_SLOTS)["operation"]
+        memory = self._graph.allocate_memory(self.batch_size, NUM_SLOTS)["operation"]
         producer = Producer(partial(self._fill, memory), shares)
         self._producers.add(producer)
         try:
@@ -476,19 +477,17 @@ class BetonLoader:
         def cut(buffer: Any) -> Any:
             return tuple(cut(each) for each in buffer) if isinstance(buffer, tuple) else buffer[slot][part]
 
-        assert self._ffcv.code is not None
-        ((stage, _),), _ = self._ffcv.code
-        stage(
+        self._run(
             batch_indices=keys[part],
-            metadata=self._ffcv.reader.metadata,
-            storage_state=self._context.state,
+            metadata=self._metadata,
+            storage_state=(self._file,),
             **{f"memory_{node}": cut(buffer) for node, buffer in memory.items()},
             **{f"shared_memory_{node}": None for node in memory},
         )
 
 
-def _read_table(path: Path) -> NDArray[np.int64]:
-    """Where each picture lies, int64 [N,5]: start and stop in the file, height, width, whether it is JPEG.
+def _read_contents(path: Path) -> tuple[Reader, NDArray[np.int64]]:
+    """FFCV's reader of a file, and a table of its pictures as `decode_shifted` takes it, int64 [N,5].
 
     Raises:
         UserError: the file is missing, or its table of contents doesn't point inside it: FFCV reads wherever it points.
@@ -503,23 +502,26 @@ def _read_table(path: Path) -> NDArray[np.int64]:
         table = np.stack([*columns, pictures["mode"] == IMAGE_MODES["jpg"]], axis=1).astype(np.int64)
         complete = 0 < len(table) == reader.num_samples and np.all(found["ptr"] == pictures["data_ptr"])
         if complete and table[:, 1].max() <= path.stat().st_size:
-            return table
+            return reader, table
     except (AssertionError, IndexError, KeyError, ValueError, OSError):
         pass
     raise UserError(f"{path}: not a complete .beton; write it again with `arat data write`")
 
 
-def _open_pipelines(path: Path, pipelines: dict[str, list[Any]], batch_size: int) -> FFCVLoader:
-    """FFCV's loader around our decoders, with nothing left for it to compile.
+def _join_decoders(reader: Reader, decoders: dict[str, Any]) -> tuple[Graph, Callable[..., Any]]:
+    """FFCV's graph of the fields' decoders, and the function that it makes of them.
 
-    The kernels are compiled already. FFCV would compile each loader anew, for seconds, and with several threads for
-    numba's thread pool, which two loaders may not enter at the same time; ours share a batch among threads of Python.
+    Nothing is left for it to compile: the kernels are already. FFCV would compile each loader anew, for seconds, and
+    with several threads for numba's thread pool, which two loaders may not enter at the same time; ours share a batch
+    among threads of Python. FFCV's own Loader would index the file once more for its memory manager, which takes 700 MB
+    and 11 s at the size of ImageNet.
     """
-    with _torch_threads_kept():
-        was_enabled = Compiler.is_enabled
-        Compiler.set_enabled(False)
-        try:
-            ffcv = FFCVLoader(str(path), batch_size, num_workers=1, os_cache=True, pipelines=pipelines, seed=0)
-        finally:
-            Compiler.set_enabled(was_enabled)
-    return ffcv
+    specs = {name: PipelineSpec(name, decoder) for name, decoder in decoders.items()}
+    graph = Graph(specs, reader.handlers, {name: at for at, name in enumerate(reader.handlers)}, reader.metadata, None)
+    was_enabled = Compiler.is_enabled
+    Compiler.set_enabled(False)
+    try:
+        ((run, _),), _ = graph.codegen_all(graph.collect_requirements()[1])
+    finally:
+        Compiler.set_enabled(was_enabled)
+    return graph, run
