@@ -17,7 +17,16 @@ from typing import Annotated, Any, Literal, cast, get_args
 
 import yaml
 import yaml.constructor
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, TypeAdapter, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic_core import ErrorDetails
 
 from arat_dist.errors import UserError
@@ -46,6 +55,13 @@ def _not_a_switch(value: object) -> object:
 def _scientific(value: object) -> object:
     """Read "5e-4": YAML 1.1 takes it for text without a dot, and a free argument has no type to say otherwise."""
     return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value) else value
+
+
+def _attack_name(value: str) -> str:
+    """Refuse what is neither "none" nor "pgdN"."""
+    if not re.fullmatch(r"none|pgd[1-9][0-9]{0,3}", value):
+        raise ValueError("none or pgdN (N steps), such as pgd20, would be right")
+    return value
 
 
 Number = Annotated[FiniteFloat, BeforeValidator(_fraction), BeforeValidator(_not_a_switch)]
@@ -237,7 +253,7 @@ class EngineConfig(Section):
 class EvalConfig(Section):
     """The evaluation at the end of a run, and its default for `arat eval`."""
 
-    attack: Annotated[str, Field(pattern=r"^(none|pgd[1-9][0-9]{0,3})$")] = "pgd20"
+    attack: Annotated[str, AfterValidator(_attack_name)] = "pgd20"
     """none, or pgdN: N steps of eps/4 from one uniform start, eval mode, the adv branch."""
     norm: Literal["linf", "l2"] | None = None
     """Norm of the ball; default: attack.norm."""

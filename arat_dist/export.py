@@ -158,3 +158,8 @@ def _replace(target: Path, source: Path) -> None:
         shutil.rmtree(old)
     else:
         source.rename(target)
+
+
+def read_metadata(out_dir: str | Path) -> dict[str, Any]:
+    """Our own notes in an exported folder's config.json; empty where timm's own tools wrote it."""
+    return json.loads((Path(out_dir) / "config.json").read_text()).get(METADATA_KEY, {})

@@ -126,9 +126,8 @@ def connect(cluster: ClusterConfig) -> None:
 
     if ray.is_initialized():
         return
-    quiet = {"logging_level": logging.WARNING}
     if cluster.address is not None:
-        ray.init(cluster.address, **quiet)
+        ray.init(cluster.address, logging_level=logging.WARNING)
         return
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     ray.init(
@@ -136,8 +135,8 @@ def connect(cluster: ClusterConfig) -> None:
         # Without the dashboard, Ray Train can't see its own controller and leaks placement groups; it costs a second.
         include_dashboard=True,
         object_store_memory=_OBJECT_STORE_BYTES,
+        logging_level=logging.WARNING,
         _node_ip_address="127.0.0.1",
-        **quiet,
     )
 
 
