@@ -1,4 +1,4 @@
-"""The one error that is meant for users."""
+"""The errors that are meant for users."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line prints it and exits with status 2; everything else is a defect and keeps its traceback.
     """
+
+
+class WorkersError(RuntimeError):
+    """The work failed on a worker, after all restarts: the message names it and holds its own error and traceback."""

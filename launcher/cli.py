@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from rich.logging import RichHandler
 from rich.progress import Progress
 
 from arat_dist.config import EvalConfig, iter_keys, load_recipe, parse_number
-from arat_dist.errors import UserError
+from arat_dist.errors import UserError, WorkersError
 
 # Verbs import what they run when they run: `arat --help` and a mistyped recipe answer without torch and Ray.
 
@@ -28,14 +29,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit status: 0 done, 1 the work failed, 2 bad usage or bad input."""
     args, extra = _parser().parse_known_args(argv)
     _set_up_logging()
+    args.stdout = sys.stdout
     try:
-        args.overrides = _overrides(extra, allowed=args.verb in ("train", "demo"))
-        result = args.run(args)
+        result = _run(args, extra)
     except UserError as error:
         print(f"arat: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("arat: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return FAILED
+    except WorkersError as error:
+        print(f"arat: the work failed on {error}", file=sys.stderr)
         return FAILED
     except Exception:
         logging.getLogger("arat").exception("the work failed")
@@ -43,6 +47,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json and result is not None:
         print(json.dumps(result))
     return 0
+
+
+def _run(args: argparse.Namespace, extra: Sequence[str]) -> dict[str, Any] | None:
+    """Call the verb. Libraries print, and so does Ray what its workers print: stdout is for results alone."""
+    with redirect_stdout(sys.stderr):
+        try:
+            args.overrides = _overrides(extra, allowed=args.verb in ("train", "demo"))
+            return args.run(args)
+        finally:
+            if "ray" in sys.modules:
+                from launcher.fit import disconnect
+
+                disconnect()
 
 
 def demo(args: argparse.Namespace) -> dict[str, Any]:
@@ -100,7 +117,7 @@ def train(args: argparse.Namespace) -> dict[str, Any] | None:
     """`arat train`."""
     recipe = load_recipe(args.recipe, args.overrides + _shorthands(args))
     if args.print_config:
-        print(recipe.to_yaml(), end="")
+        print(recipe.to_yaml(), end="", file=args.stdout)
         return None
     from arat_dist.run import Run
     from launcher.fit import train_with_progress
@@ -240,7 +257,7 @@ def _positive(text: str) -> int:
 
 def _print_unless_json(args: argparse.Namespace, *parts: Any) -> None:
     if not args.json:
-        console = Console()
+        console = Console(file=args.stdout)
         for part in parts:
             console.print(part, highlight=False, soft_wrap=isinstance(part, str))
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import sys
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,6 +18,7 @@ import torch
 
 from arat_dist.config import ClusterConfig, Recipe
 from arat_dist.engine import Rank
+from arat_dist.errors import WorkersError
 from arat_dist.preflight import check_recipe
 from arat_dist.run import Run
 from arat_dist.storage import Storage
@@ -101,7 +105,7 @@ def run_workers(work: Callable[[Rank], T], cluster: ClusterConfig, name: str) ->
         torch.set_num_threads(cluster.cpus_per_worker)
         return work(Rank(0, 1, torch.device("cuda" if cluster.gpus_per_worker else "cpu")))
     connect(cluster)
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
     from ray.train.torch import TorchTrainer
 
     resources = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
@@ -115,29 +119,67 @@ def run_workers(work: Callable[[Rank], T], cluster: ClusterConfig, name: str) ->
             name=f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}",
             storage_path=(Storage(cluster.storage) / ".ray").uri,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    return trainer.fit().return_value  # pyright: ignore[reportReturnType]
+    try:
+        return _in_thread(trainer.fit).return_value  # pyright: ignore[reportReturnType]
+    except WorkerGroupError as error:
+        rank, first = min(error.worker_failures.items())
+        raise WorkersError(f"worker {rank}: {str(first).strip()}") from None
+
+
+def _in_thread(work: Callable[[], T]) -> T:
+    """Call it in a thread of its own: in the main one Ray takes over Ctrl-C, and makes of it an exit with status 0."""
+    future: Future[T] = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - raised again where the result is asked for
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True, name="ray train").start()
+    return future.result()
 
 
 def connect(cluster: ClusterConfig) -> None:
     """Join the cluster at cluster.address, or start one in this machine's processes, once."""
+    if cluster.address is None:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        # Read on import: without it Ray binds to the address that other machines reach.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
     if ray.is_initialized():
         return
     if cluster.address is not None:
         ray.init(cluster.address, logging_level=logging.WARNING)
-        return
-    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-    ray.init(
-        num_cpus=max(os.cpu_count() or 1, cluster.workers * cluster.cpus_per_worker),
-        # Without the dashboard, Ray Train can't see its own controller and leaks placement groups; it costs a second.
-        include_dashboard=True,
-        object_store_memory=_OBJECT_STORE_BYTES,
-        logging_level=logging.WARNING,
-        _node_ip_address="127.0.0.1",
-    )
+    else:
+        ray.init(
+            num_cpus=max(os.cpu_count() or 1, cluster.workers * cluster.cpus_per_worker),
+            # Without the dashboard, Ray Train can't see its own controller and leaks placement groups.
+            include_dashboard=True,
+            object_store_memory=_OBJECT_STORE_BYTES,
+            logging_level=logging.WARNING,
+        )
+    _name_the_cluster()
+
+
+def disconnect() -> None:
+    """Leave the cluster, and end the one that `connect` started."""
+    if ray := sys.modules.get("ray"):
+        ray.shutdown()
+        os.environ.pop("RAY_ADDRESS", None)
+
+
+def _name_the_cluster() -> None:
+    """Tell Ray Train's own actors which cluster is theirs: they search, and fail where a machine has several."""
+    import ray
+    from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
+
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
 
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
@@ -156,8 +198,10 @@ def _on_worker(work: Callable[[Rank], T], num_threads: int) -> T:
     from ray.train import get_context
     from ray.train.torch import get_device
 
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(num_threads)
     context, device = get_context(), get_device()
+    # Ray's own handler takes it to the driver's stderr; what all ranks would say, the first one says.
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("arat_dist").setLevel(logging.INFO if context.get_world_rank() == 0 else logging.WARNING)
     assert isinstance(device, torch.device)
     return work(Rank(context.get_world_rank(), context.get_world_size(), device))
