@@ -1,6 +1,7 @@
 """What all tests share: quiet libraries, one thread, tiny data sets, and no process left behind."""
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -51,4 +52,4 @@ def pytest_sessionfinish(session: pytest.Session):
         time.sleep(0.1)
     if left:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
-        print(f"\nprocesses left behind by the tests: {left}")
+        sys.stderr.write(f"\nprocesses left behind by the tests: {left}\n")
