@@ -43,8 +43,8 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Storage, checkpoint: Checkpoint, *, keep: int) -> str:
-    """Write a checkpoint into the folder of all, then delete all but the newest `keep`; returns its name."""
-    name = f"step_{checkpoint.step:08d}"
+    """Write a checkpoint into the folder of all, then delete those before it but `keep - 1`; returns its name."""
+    name = _name(checkpoint.step)
     target = folder / name
     target.delete(MANIFEST)
     files = {f"{part}.safetensors": _to_safetensors(state) for part, state in checkpoint.weights.items()}
@@ -53,9 +53,22 @@ def save_checkpoint(folder: Storage, checkpoint: Checkpoint, *, keep: int) -> st
         target.write(file, content)
     hashes = {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
     target.write_json(MANIFEST, {"step": checkpoint.step, "sha256": hashes})
-    for old in checkpoint_names(folder)[:-keep]:
-        folder.delete(old)
+    _retire(folder, name, keep - 1)
     return name
+
+
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def _retire(folder: Storage, newest: str, keep: int) -> None:
+    """Delete the checkpoints before `newest` but the last `keep` whole ones: a save that broke off is worth nothing."""
+    older = [name for name in checkpoint_names(folder) if name < newest]
+    whole = [name for name in older if (folder / name).exists(MANIFEST)]
+    kept = whole[max(0, len(whole) - keep) :]
+    for name in older:
+        if name not in kept:
+            folder.delete(name)
 
 
 def checkpoint_names(folder: Storage) -> list[str]:
@@ -84,6 +97,8 @@ def load_checkpoint(folder: Storage, *, with_optimizer: bool = True) -> Checkpoi
         step, hashes = manifest["step"], manifest["sha256"]
     except (OSError, ValueError, KeyError) as error:
         raise DamagedError(f"{folder.path(MANIFEST)}: {type(error).__name__}") from error
+    if not folder.uri.endswith(f"/{_name(step)}"):
+        raise DamagedError(f"{folder.path(MANIFEST)}: says step {step}")
     weights: dict[str, dict[str, Tensor]] = {}
     optimizer: dict[str, Any] = {}
     for file, expected in hashes.items():

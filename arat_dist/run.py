@@ -105,11 +105,11 @@ class Run:
             yield json.loads(line), offset
 
     def forget_metrics_after(self, step: int) -> list[dict[str, Any]]:
-        """Drop the lines beyond a step, which will be computed again; returns those kept."""
-        lines = self.metrics()
-        kept = [line for line in lines if line["step"] <= step]
-        if len(kept) < len(lines):
-            self.folder.write(METRICS, b"".join(json.dumps(line).encode() + b"\n" for line in kept))
+        """Drop the lines beyond a step, which will be computed again, and half a line; returns those kept."""
+        kept = [line for line in self.metrics() if line["step"] <= step]
+        content = b"".join(json.dumps(line).encode() + b"\n" for line in kept)
+        if content != self.folder.read_from(METRICS, 0):
+            self.folder.write(METRICS, content)
         return kept
 
 

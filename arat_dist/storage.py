@@ -87,7 +87,9 @@ class Storage:
     def append(self, name: str, content: bytes) -> None:
         """Add to a file. Object stores can't: there the whole file is written again."""
         if self.is_local:
-            with Path(self.path(name)).open("ab") as file:
+            target = Path(self.path(name))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with target.open("ab") as file:
                 file.write(content)
         else:
             self.write(name, (self.read(name) if self.exists(name) else b"") + content)
