@@ -232,7 +232,7 @@ class TrainConfig(Section):
     ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = None
     """Decay per step of the exponential moving average of the weights; default: none kept."""
     log_every: Count = 50
-    """Steps between two lines of metrics.jsonl."""
+    """Steps between two lines of metrics.jsonl; every checkpoint writes one too."""
     checkpoint_every: Count | None = None
     """Steps between two checkpoints; default: once an epoch."""
     keep_checkpoints: Count = 2

@@ -56,15 +56,18 @@ def train(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
             engine.backward(out.loss * (len(labels) * rank.world_size / order.batch_size_at(step)))
             log.add({"loss": out.loss.detach(), **out.metrics}, len(labels))
             done = step + 1
-            if done % settings.log_every == 0 or done == stop:
+            epoch_ends = done == order.num_steps or order.epoch_of(done) > order.epoch_of(step)
+            every = settings.checkpoint_every
+            saves = done == stop or (done % every == 0 if every else epoch_ends)
+            # A line goes before each checkpoint: it refuses a loss that is no number, and a resumed run begins a line.
+            if saves or done % settings.log_every == 0:
                 log.write(done, done * order.batch_size / order.num_samples, lr, engine.gradient_norm())
             engine.step()
             if ema is not None:
                 ema.update_parameters(engine.objective.classifier)
-            epoch_ends = done == order.num_steps or order.epoch_of(done) > order.epoch_of(step)
             if epoch_ends:
                 engine.objective.end_epoch(rank.all_reduce)
-            if done == stop or (done % settings.checkpoint_every == 0 if settings.checkpoint_every else epoch_ends):
+            if saves:
                 save(run, engine, ema, rank, done, keep=settings.keep_checkpoints)
 
     classifier = engine.objective.classifier if ema is None else cast(Classifier, ema.module)
@@ -161,7 +164,7 @@ class MetricsLog:
         """Write a line for the steps since the last one; every rank calls it.
 
         Raises:
-            FloatingPointError: the loss is no longer a number.
+            FloatingPointError: the loss or the gradient is no longer a number.
         """
         assert self._sums is not None
         counts = self._sums.new_tensor([self._line_images])
@@ -182,8 +185,9 @@ class MetricsLog:
             self._run.log(self._last)
         self._num_images += int(num_images)
         self._sums, self._line_images, self._line_begin = None, 0, now
-        if not math.isfinite(means["loss"]):
-            raise FloatingPointError(f"step {step}: the loss is {means['loss']}; a lower optim.lr would be a start")
+        for name in ("loss", "gradient_norm"):
+            if not math.isfinite(value := self._last[name]):
+                raise FloatingPointError(f"step {step}: {name} is {value}; a lower optim.lr would be a start")
 
     def summary(self) -> dict[str, Any]:
         """Pictures per second of this launch, and the last value of each named part of the loss."""

@@ -9,7 +9,6 @@ from pathlib import Path
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
 
-import numpy as np
 import pytest
 import torch
 from toys import BlotchSource, Sets
@@ -27,7 +26,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> Sets:
 
     folder = tmp_path_factory.mktemp("sets")
     for name, count, seed in (("train", 44, 0), ("val", 23, 1)):
-        write_beton(BlotchSource(count, np.random.default_rng(seed)), folder / f"{name}.beton")
+        write_beton(BlotchSource(count, seed), folder / f"{name}.beton")
     return Sets(str(folder / "train.beton"), str(folder / "val.beton"))
 
 

@@ -55,7 +55,7 @@ class BlotchSource:
     """Noise around a colour that the class decides: something to learn, not all of it right at once."""
 
     count: int
-    rng: np.random.Generator
+    seed: int
     class_names: Sequence[str] = ("ant", "bee", "cow")
     description: str = "test"
 
@@ -65,7 +65,8 @@ class BlotchSource:
     def __getitem__(self, index: int) -> tuple[NDArray[np.uint8], int]:
         label = index % 3
         colour = 128 + 12 * np.eye(3)[label]
-        return np.clip(self.rng.normal(colour, 40, (16, 16, 3)), 0, 255).astype(np.uint8), label
+        noise = np.random.default_rng([self.seed, index]).normal(colour, 40, (16, 16, 3))
+        return np.clip(noise, 0, 255).astype(np.uint8), label
 
     def name_of(self, index: int) -> str:
         return f"picture-{index}"

@@ -1,0 +1,225 @@
+"""The loop on tiny data in one process: a run that was cut off and went on equals one that wasn't, to the bit."""
+
+import logging
+import math
+from typing import Any
+
+import pytest
+import torch
+from toys import Sets, toy_recipe
+
+from arat_dist.checkpoint import Checkpoint, checkpoint_names, load_checkpoint, load_newest
+from arat_dist.config import Recipe
+from arat_dist.engine import DDPEngine, Rank
+from arat_dist.optim import lr_at
+from arat_dist.run import Run
+from arat_dist.train import num_steps, sample_order, train
+
+RANK = Rank(0, 1, torch.device("cpu"))
+VARIABLE = ("time_s", "images_per_second", "memory_mb")
+NUM_STEPS = 17  # 3 epochs of 44 pictures in batches of 8: 16 whole ones and one of 4
+
+
+def start(recipe: Recipe, folder: Any, name: str = "run") -> tuple[Run, dict[str, Any]]:
+    run = Run(str(folder), name)
+    run.open(recipe)
+    return run, train(recipe, run, RANK)
+
+
+def comparable(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if key not in VARIABLE} for line in lines]
+
+
+def newest(run: Run) -> Checkpoint:
+    checkpoint = load_newest(run.checkpoints)
+    assert checkpoint is not None
+    return checkpoint
+
+
+def assert_equal(a: Checkpoint, b: Checkpoint) -> None:
+    assert a.step == b.step
+    assert set(a.weights) == set(b.weights)
+    for part, state in a.weights.items():
+        assert set(state) == set(b.weights[part])
+        for name, value in state.items():
+            assert torch.equal(value, b.weights[part][name]), f"{part}: {name}"
+    assert a.optimizer["param_groups"] == b.optimizer["param_groups"]
+    assert a.optimizer["state"].keys() == b.optimizer["state"].keys()
+    for key, state in a.optimizer["state"].items():
+        for name, value in state.items():
+            assert torch.equal(value, b.optimizer["state"][key][name]), f"optimizer: {key}.{name}"
+
+
+def crash_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the process 'die' within its step number `steps`, counted from 0."""
+    step, count = DDPEngine.step, 0
+
+    def crashing(self: DDPEngine) -> None:
+        nonlocal count
+        if count == steps:
+            raise KeyboardInterrupt
+        count += 1
+        step(self)
+
+    monkeypatch.setattr(DDPEngine, "step", crashing)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    # Checkpoints amid epochs (5.5 steps long) and amid log intervals, with the balance's counts half way.
+    "arat, ema": {"train": {"ema_decay": 0.8, "checkpoint_every": 4, "log_every": 3}},
+    "at, dropout, bf16, adamw": {
+        "objective": {"name": "at"},
+        "model": {
+            # Not resnet10t, whose last maps are 1x1 here: oneDNN's bf16 gradient of a 3x3 convolution of stride 2 on
+            # them holds whatever lay in memory (torch 2.14.1, AVX-512).
+            "name": "cifar_resnet18",
+            "args": {"channels": [8, 8, 8, 8], "drop_rate": 0.3, "drop_path_rate": 0.2},
+        },
+        "optim": {"name": "adamw", "lr": 0.002, "clip_grad_norm": 1},
+        "train": {"checkpoint_every": 4, "precision": "bf16"},
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_that_crashed_and_went_on_equals_one_that_did_not(sets: Sets, tmp_path, monkeypatch, caplog, case):
+    recipe = toy_recipe(sets, **CASES[case])
+    whole, whole_summary = start(recipe, tmp_path, "whole")
+    with monkeypatch.context() as patch:
+        crash_after(10, patch)
+        with pytest.raises(KeyboardInterrupt):
+            start(recipe, tmp_path, "cut")
+    cut = Run(str(tmp_path), "cut")
+    assert newest(cut).step == 8
+    assert cut.metrics()[-1]["step"] > 8  # a line that will be computed again
+    torch.manual_seed(12345)
+    with caplog.at_level(logging.INFO):
+        cut, cut_summary = start(recipe, tmp_path, "cut")
+    assert "going on after step 8" in caplog.text
+    assert cut.num_attempts() == 2
+
+    assert_equal(newest(cut), newest(whole))
+    assert comparable(cut.metrics()) == comparable(whole.metrics())
+    times = [line["time_s"] for line in cut.metrics()]
+    assert times == sorted(times)
+    for summary in (cut_summary, whole_summary):
+        summary.pop("train_images_per_second")
+    assert cut_summary == whole_summary
+    if "ema" in case:
+        assert cut_summary["weights"] == "ema"
+        assert newest(cut).weights["model"]["adv_weight"] != 0.5
+
+
+def test_dropout_is_on_and_differs_between_steps(sets: Sets, tmp_path):
+    """Without it the test above would show nothing of dropout."""
+    case = CASES["at, dropout, bf16, adamw"]
+    args = case["model"]["args"]
+    losses = []
+    for name, rates in (("with", {}), ("without", {"drop_rate": 0.0, "drop_path_rate": 0.0})):
+        model = {"name": "cifar_resnet18", "args": {**args, **rates}}
+        run, _ = start(toy_recipe(sets, **{**case, "model": model, "train": {"max_steps": 1}}), tmp_path, name)
+        losses.append(run.metrics()[0]["loss"])
+    assert losses[0] != losses[1]
+
+
+def test_going_on_with_a_finished_run_only_evaluates(sets: Sets, tmp_path):
+    recipe = toy_recipe(sets, train={"max_steps": 3})
+    run, first = start(recipe, tmp_path)
+    before = run.metrics()
+    run, second = start(recipe, tmp_path)
+    assert run.metrics() == before
+    first.pop("train_images_per_second")
+    assert second.pop("train_images_per_second") is None
+    assert second == first
+
+
+def test_max_steps_stops_early_on_the_schedule_of_the_whole_run(sets: Sets, tmp_path):
+    recipe = toy_recipe(sets, train={"max_steps": 7, "log_every": 1}, optim={"warmup_epochs": 1})
+    assert num_steps(recipe) == 7
+    assert num_steps(toy_recipe(sets)) == NUM_STEPS
+    run, summary = start(recipe, tmp_path)
+    assert [line["step"] for line in run.metrics()] == list(range(1, 8))
+    assert newest(run).step == 7
+    rates = [lr_at(n, recipe.optim, steps_per_epoch=44 / 8, epochs=3) for n in range(7)]
+    assert [line["lr"] for line in run.metrics()] == rates
+    assert rates[0] < 0.2 * recipe.optim.lr < rates[5]
+    assert rates[6] > 0.9 * recipe.optim.lr
+    assert summary["steps"] == 7
+    assert summary["samples_seen"] == 7 * 8
+
+
+def test_summary_and_files_of_a_run(sets: Sets, tmp_path):
+    run, summary = start(toy_recipe(sets, train={"log_every": 5, "keep_checkpoints": 2}), tmp_path)
+    assert set(summary) == {
+        "epochs",
+        "steps",
+        "samples_seen",
+        "world_size",
+        "clean_accuracy",
+        "robust_accuracy",
+        "robust_attack",
+        "norm",
+        "eps",
+        "attack_steps",
+        "num_samples",
+        "weights",
+        "train_images_per_second",
+        "losses",
+    }
+    assert (summary["epochs"], summary["steps"], summary["samples_seen"]) == (3, NUM_STEPS, 3 * 44)
+    assert (summary["weights"], summary["num_samples"], summary["world_size"]) == ("raw", 23, 1)
+    assert 0 <= summary["robust_accuracy"] <= summary["clean_accuracy"] <= 1
+    assert summary["train_images_per_second"] > 0
+    last = run.metrics()[-1]
+    assert summary["losses"] == {"loss": last["loss"]} | {
+        part: last[f"loss_{part}"] for part in ("adv", "clean", "invariance")
+    }
+    # A line each 5 steps, and one before each checkpoint: at the ends of the epochs of 5.5 steps, and at the end.
+    assert [line["step"] for line in run.metrics()] == [5, 6, 10, 11, 15, 17]
+    assert checkpoint_names(run.checkpoints) == ["step_00000011", "step_00000017"]
+    assert set(last) == {
+        *("step", "epoch", "time_s", "loss", "loss_adv", "loss_clean", "loss_invariance", "clean_accuracy"),
+        *("robust_accuracy", "adv_weight", "lr", "gradient_norm", "images_per_second", "memory_mb"),
+    }
+    # The balance changes once an epoch.
+    weights = [load_checkpoint(run.checkpoints / n).weights["model"]["adv_weight"] for n in ("step_00000011",)]
+    assert run.metrics()[0]["adv_weight"] == 0.5
+    assert run.metrics()[4]["adv_weight"] == pytest.approx(float(weights[0]))
+
+
+def test_a_line_is_the_mean_over_the_samples_since_the_last_one(sets: Sets, tmp_path):
+    fine, _ = start(toy_recipe(sets, train={"log_every": 1, "checkpoint_every": 99}), tmp_path, "fine")
+    coarse, _ = start(toy_recipe(sets, train={"log_every": 6, "checkpoint_every": 99}), tmp_path, "coarse")
+    order = sample_order(fine.recipe())
+    assert order.batch_size_at(16) == 4
+    for line, steps in zip(coarse.metrics(), (range(6), range(6, 12), range(12, 17)), strict=True):
+        sizes = [order.batch_size_at(step) for step in steps]
+        for key in ("loss", "loss_invariance", "clean_accuracy"):
+            values = [fine.metrics()[step][key] for step in steps]
+            mean = sum(v * n for v, n in zip(values, sizes, strict=True)) / sum(sizes)
+            assert line[key] == pytest.approx(mean, rel=1e-12)
+        assert line["gradient_norm"] == fine.metrics()[steps[-1]]["gradient_norm"]
+
+
+@pytest.mark.parametrize("clip", [None, 1e30])
+def test_a_loss_that_is_no_number_stops_the_run_and_reaches_no_checkpoint(sets: Sets, tmp_path, clip):
+    recipe = toy_recipe(
+        sets,
+        objective={"name": "standard"},
+        optim={"lr": 1e25, "momentum": 0, "clip_grad_norm": clip},
+        train={"checkpoint_every": 1, "log_every": 1000},
+    )
+    with pytest.raises(FloatingPointError, match=r"^step \d+: (loss|gradient_norm) is (nan|inf); a lower optim.lr"):
+        start(recipe, tmp_path)
+    run = Run(str(tmp_path), "run")
+    assert not math.isfinite(run.metrics()[-1]["loss"]) or not math.isfinite(run.metrics()[-1]["gradient_norm"])
+    assert newest(run).step < run.metrics()[-1]["step"]
+
+
+def test_training_learns(sets: Sets, tmp_path):
+    recipe = toy_recipe(
+        sets, objective={"name": "at"}, attack={"eps": 0.01, "step_size": 0.01}, train={"epochs": 12, "log_every": 11}
+    )
+    run, _ = start(recipe, tmp_path)
+    losses = [line["loss"] for line in run.metrics()]
+    assert losses[-1] < 0.9 * losses[0]
