@@ -27,7 +27,10 @@ def check_recipe(recipe: Recipe) -> None:
             "0, or the cluster.address of one that has, would be right"
         )
     # The weights that timm would download are no part of what can be checked here.
-    build_objective(recipe.model_copy(update={"model": recipe.model.model_copy(update={"pretrained": False})}))
+    model = recipe.model.model_copy(update={"pretrained": False})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.train.seed)  # the very weights that training starts from
+        build_objective(recipe.model_copy(update={"model": model}))
 
 
 def check_shares(recipe: Recipe) -> None:

@@ -15,8 +15,9 @@ from toys import BlotchSource, Sets
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _one_thread_one_seed():
     torch.set_num_threads(1)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,67 @@
+"""What is found before any worker starts: one line each, with the key first."""
+
+from typing import Any
+
+import pytest
+import torch
+from toys import Sets, toy_recipe
+
+from arat_dist.errors import UserError
+from arat_dist.preflight import check_recipe
+
+TOY = {"name": "resnet10t", "args": {"channels": [8, 8, 8, 8], "stem_width": 8, "zero_init_last": False}}
+GROUP_NORM = {"name": "resnet50_gn", "args": {"channels": [32, 32, 32, 32], "layers": [1, 1, 1, 1]}}
+
+
+def test_a_recipe_that_can_run_passes_and_downloads_nothing(sets: Sets, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    check_recipe(toy_recipe(sets))
+    check_recipe(toy_recipe(sets, model={"name": "resnet10t", "pretrained": True}))
+    check_recipe(toy_recipe(sets, cluster={"workers": 2}))  # the smallest batch has 4 pictures
+
+
+@pytest.mark.parametrize(
+    ("changed", "start", "contains"),
+    [
+        # Batches of 8 feed 4 workers, but the last one holds 4 pictures.
+        ({"cluster": {"workers": 3}}, "cluster.workers: 3:", "smallest of this run has 4"),
+        ({"cluster": {"workers": 4}}, "cluster.workers: 4:", "at most 2 would be right"),
+        ({"data": {"train": "/nowhere/x.beton"}}, "/nowhere/x.beton: no such file", "arat data write"),
+        ({"data": {"val": "/nowhere/x.beton"}}, "/nowhere/x.beton: no such file", "arat data write"),
+        ({"data": {"num_classes": 5}}, "data.num_classes: 5:", "has 3 classes"),
+        ({"data": {"image_size": 20}}, "data.augment: pad_crop:", "16x16"),
+        ({"model": {"name": "resnet10x"}}, "model.name: resnet10x:", "resnet10t"),
+        ({"model": {**TOY, "args": {"chanels": [8]}}}, "model.args:", "chanels"),
+        ({"objective": {"name": "arat", "taps": ["layer9"]}}, "objective.taps: layer9: no such module", "it has"),
+        ({"model": GROUP_NORM}, "objective.split_norm: batch:", "none would be right"),
+        ({"cluster": {"gpus_per_worker": 1}}, "cluster.gpus_per_worker: 1:", "no GPU"),
+        ({"engine": {"kind": "deepspeed"}}, "engine.kind: deepspeed:", "ddp"),
+    ],
+    ids=str,
+)
+def test_what_can_not_run_is_one_line(sets: Sets, monkeypatch, changed: dict[str, Any], start, contains):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError) as caught:
+        check_recipe(toy_recipe(sets, **changed))
+    message = str(caught.value)
+    assert message.startswith(start)
+    assert contains in message
+    assert "\n" not in message
+
+
+def test_the_net_checked_is_the_one_that_training_builds(sets: Sets, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("arat_dist.preflight.build_objective", lambda recipe: drawn.append(torch.rand(1)))
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    check_recipe(toy_recipe(sets, train={"seed": 9}))
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(9)
+    assert torch.equal(drawn[0], torch.rand(1))
+
+
+def test_a_gpu_is_fine_where_there_is_one_here_or_in_the_cluster(sets: Sets, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    check_recipe(toy_recipe(sets, cluster={"gpus_per_worker": 1}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    check_recipe(toy_recipe(sets, cluster={"gpus_per_worker": 1, "address": "ray://head:10001"}))
