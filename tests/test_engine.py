@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from torch.multiprocessing.spawn import spawn
 from toys import toy_batch, toy_classifier
 
 from arat_dist.attacks import PGD
@@ -107,16 +107,15 @@ def _worker(index: int, world_size: int, folder: str) -> None:
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes computed."""
     folder = tmp_path_factory.mktemp("two")
-    context = mp.spawn(_worker, args=(2, str(folder)), nprocs=2, join=False)
+    context = spawn(_worker, args=(2, str(folder)), nprocs=2, join=False)
     assert context is not None
     deadline = time.monotonic() + 90
     try:
         while not context.join(timeout=1):
             assert time.monotonic() < deadline, "the two processes hang"
     finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.kill()
+        for process in filter(None, context.processes):
+            process.kill()
             process.join()
     return [torch.load(folder / f"rank{index}.pt") for index in range(2)]
 

@@ -44,6 +44,7 @@ def test_every_line_arrives_once_also_across_a_restart(tmp_path):
 
     run, recipe = open_run(tmp_path)
     uri = tracking_uri(recipe, run)
+    assert uri is not None
     assert uri == f"sqlite:///{tmp_path}/mlflow.db"
     run.log(line(2))
     mirror = Mirror(run, recipe, uri)

@@ -1,6 +1,6 @@
 """ARAT against METHOD's formula written out in float64: own forward of the net, own batch statistics, own cosine."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -28,7 +28,7 @@ def build(*, norm_stats: Any = "batch", precision: str = "fp32", norm: Any = "ba
     return arat
 
 
-def normed(x: Tensor, weights: dict[str, Tensor], name: str) -> Tensor:
+def normed(x: Tensor, weights: Mapping[str, Tensor], name: str) -> Tensor:
     """BatchNorm with the batch's own statistics, in plain sums."""
     dims = [0, 2, 3][: x.ndim - 1]
     mean = x.mean(dims, keepdim=True)
@@ -120,10 +120,8 @@ def test_loss_and_gradients_equal_the_formula_written_out(switches):
 
 def test_the_switches_are_no_synonyms():
     images, labels, keys = toy_batch()
-    losses = [
-        float(build(**switches)(images, labels, keys).loss.detach())
-        for switches in ({}, {"symmetric": True}, {"predictor": False}, {"distance": "mse"}, {"gamma": 0})
-    ]
+    cases: list[dict[str, Any]] = [{}, {"symmetric": True}, {"predictor": False}, {"distance": "mse"}, {"gamma": 0}]
+    losses = [float(build(**switches)(images, labels, keys).loss.detach()) for switches in cases]
     assert len({round(loss, 6) for loss in losses}) == len(losses)
 
 

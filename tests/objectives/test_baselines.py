@@ -40,7 +40,7 @@ def test_loss_and_gradients_equal_cross_entropy(name, smoothing):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
     part, kind = ("loss_adv", "robust_accuracy") if name == "at" else ("loss_clean", "clean_accuracy")
     assert set(metrics) == {part, kind}
-    assert float(metrics[part]) == pytest.approx(float(loss))
+    assert float(metrics[part]) == pytest.approx(float(loss.detach()))
     assert float(metrics[kind]) == pytest.approx(float((logits.argmax(1) == labels).double().mean()))
 
 
