@@ -9,4 +9,15 @@ class UserError(ValueError):
 
 
 class WorkersError(RuntimeError):
-    """The work failed on a worker, after all restarts: the message names it and holds its own error and traceback."""
+    """The work failed on a worker, after all restarts.
+
+    Args:
+        rank: the first worker that failed.
+        error: what it raised there.
+        tracebacks: of all that failed, as text.
+    """
+
+    def __init__(self, rank: int, error: Exception, tracebacks: str):
+        first_line = str(error).strip().partition("\n")[0]
+        super().__init__(f"the work failed on worker {rank}: {type(error).__name__}: {first_line}")
+        self.tracebacks = tracebacks

@@ -50,16 +50,21 @@ class Run:
             raise UserError(f"{uri}: not a run (no {RECIPE} in it)")
         return run
 
+    def check(self, recipe: Recipe) -> None:
+        """Refuse a recipe that isn't this run's, if the run has begun (UserError); finished or not."""
+        if not self.folder.exists(RECIPE):
+            return
+        before = _essence(self.recipe())
+        differing = sorted(key for key, value in _essence(recipe).items() if value != before.get(key))
+        if differing:
+            raise UserError(
+                f"--name: {self.name}: the run of this name has another recipe (it differs in "
+                f"{', '.join(differing)}); another name, or that recipe, would be right"
+            )
+
     def open(self, recipe: Recipe) -> None:
         """Begin the run, or go on with it; UserError where it holds another result's recipe."""
-        if self.folder.exists(RECIPE):
-            before = self.recipe()
-            differing = sorted(key for key, value in _essence(recipe).items() if value != _essence(before).get(key))
-            if differing:
-                raise UserError(
-                    f"--name: {self.name}: the run of this name has another recipe (it differs in "
-                    f"{', '.join(differing)}); another name, or that recipe, would be right"
-                )
+        self.check(recipe)
         self.folder.write(RECIPE, recipe.to_yaml().encode())
 
     def recipe(self) -> Recipe:

@@ -141,7 +141,7 @@ def _open_timm(target: str, val: str) -> Target:
         image_size=known.input_size[-1] if known else 224,
     )
     if file:
-        load_checkpoint(backbone, file)
+        load_checkpoint(backbone, file, new_head=False)
     cfg = pretrained_cfg(backbone)
     return _bare_target(Classifier(backbone, cfg["mean"], cfg["std"]).eval(), val, EvalConfig())
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import Progress
 
-from arat_dist.config import EvalConfig, iter_keys, load_recipe, parse_number
+from arat_dist.config import EvalConfig, iter_keys, load_recipe
 from arat_dist.errors import UserError, WorkersError
 
 # Verbs import what they run when they run: `arat --help` and a mistyped recipe answer without torch and Ray.
@@ -39,10 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("arat: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return FAILED
     except WorkersError as error:
-        print(f"arat: the work failed on {error}", file=sys.stderr)
+        print(f"{error.tracebacks}\narat: {error}", file=sys.stderr)
         return FAILED
-    except Exception:
+    except Exception as error:
         logging.getLogger("arat").exception("the work failed")
+        print(f"arat: the work failed: {type(error).__name__}: {error}", file=sys.stderr)
         return FAILED
     if args.json and result is not None:
         print(json.dumps(result))
@@ -123,8 +124,10 @@ def train(args: argparse.Namespace) -> dict[str, Any] | None:
     from launcher.fit import train_with_progress
     from launcher.progress import console, results_table
 
-    name = args.name or Path(args.recipe).stem
-    if finished := Run(recipe.cluster.storage, name).summary():
+    name = Path(args.recipe).stem if args.name is None else args.name
+    run = Run(recipe.cluster.storage, name)
+    run.check(recipe)
+    if finished := run.summary():
         console.print(f"{name}: finished already; another --name would train again", highlight=False)
         summary = finished
     else:
@@ -138,7 +141,7 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from launcher.evaluate import evaluate_target
     from launcher.progress import results_table
 
-    changes = {"attack": args.attack, "norm": args.norm, "eps": args.eps and parse_number(args.eps)}
+    changes = {"attack": args.attack, "norm": args.norm, "eps": args.eps}
     changes |= {"limit": args.limit, "batch_size": args.batch_size}
     result = evaluate_target(
         args.target,

@@ -35,8 +35,7 @@ def evaluate_target(
     began = time.perf_counter()
     opened = open_target(target, weights=weights, val=val)
     config = _changed(opened.config, changes)
-    if config.eps is None or config.norm is None:
-        raise UserError(f"--eps: missing: {target} doesn't say what it was trained for; --norm linf --eps 8/255, say")
+    _check_radius(target, opened.config, config, changes)
     data = opened.data.model_copy(update={"val": str(Path(opened.data.val).absolute())})
     work = partial(_evaluate, Target(opened.classifier, data, config))
     scores = run_workers(work, ClusterConfig(workers=num_workers), "eval")
@@ -51,6 +50,15 @@ def _changed(config: EvalConfig, changes: dict[str, Any]) -> EvalConfig:
         raise UserError(
             f"--{first['loc'][0]}: {first['input']!r}: {first['msg'].removeprefix('Value error, ')}"
         ) from None
+
+
+def _check_radius(target: str, before: EvalConfig, config: EvalConfig, changes: dict[str, Any]) -> None:
+    if config.eps is None or config.norm is None:
+        raise UserError(f"--eps: missing: {target} doesn't say what it was trained for; --norm linf --eps 8/255, say")
+    if config.norm != before.norm and "eps" not in changes:
+        raise UserError(f"--eps: missing: {before.eps:g} is a radius in {before.norm}, --norm is {config.norm}")
+    if config.norm == "linf" and config.eps > 1:
+        raise UserError(f"--eps: {config.eps:g}: pixels are in [0,1], so linf eps is at most 1 (8/255 is usual)")
 
 
 def _evaluate(target: Target, rank: Rank) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from arat_dist.checkpoint import checkpoint_names
 from arat_dist.config import ClusterConfig, Recipe
 from arat_dist.engine import Rank
 from arat_dist.errors import WorkersError
@@ -31,6 +32,8 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 # Nothing here reacts to a notice of preemption yet, and Ray 2.60's watcher begins each run with an error line.
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+# What workers say is little, and Ray would explain its folding of equal lines at length.
+os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +83,7 @@ def fit(recipe: Recipe, name: str, on_line: Callable[[dict[str, Any]], None] = l
         "wall_s": round(time.perf_counter() - began, 1),
         "mlflow_tracking_uri": uri,
         "mlflow_run_id": mirror.run_id if mirror else None,
+        "checkpoint": run.checkpoints.path(checkpoint_names(run.checkpoints)[-1]),
         "restarts": run.num_attempts() - 1,
     }
     run.finish(summary)
@@ -119,14 +123,14 @@ def run_workers(work: Callable[[Rank], T], cluster: ClusterConfig, name: str) ->
             name=f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}",
             storage_path=(Storage(cluster.storage) / ".ray").uri,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
-            logging_config=LoggingConfig(log_level="WARNING"),
+            logging_config=LoggingConfig(log_level="CRITICAL"),  # workers say themselves what is news
         ),
     )
     try:
         return _in_thread(trainer.fit).return_value  # pyright: ignore[reportReturnType]
     except WorkerGroupError as error:
         rank, first = min(error.worker_failures.items())
-        raise WorkersError(f"worker {rank}: {str(first).strip()}") from None
+        raise WorkersError(rank, first, str(error)) from None
 
 
 def _in_thread(work: Callable[[], T]) -> T:
@@ -149,6 +153,8 @@ def connect(cluster: ClusterConfig) -> None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         # Read on import: without it Ray binds to the address that other machines reach.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        # How long Ray's agents outlive a driver that was killed; the default is a minute.
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "15")
     import ray
 
     if ray.is_initialized():
@@ -204,4 +210,9 @@ def _on_worker(work: Callable[[Rank], T], num_threads: int) -> T:
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("arat_dist").setLevel(logging.INFO if context.get_world_rank() == 0 else logging.WARNING)
     assert isinstance(device, torch.device)
-    return work(Rank(context.get_world_rank(), context.get_world_size(), device))
+    rank = Rank(context.get_world_rank(), context.get_world_size(), device)
+    try:
+        return work(rank)
+    except Exception as error:
+        logging.getLogger("arat_dist").error("worker %d failed: %s: %s", rank.index, type(error).__name__, error)
+        raise

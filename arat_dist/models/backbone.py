@@ -59,8 +59,13 @@ def pretrained_cfg(net: nn.Module) -> dict[str, Any]:
     return cast("dict[str, Any]", getattr(net, "pretrained_cfg", {}))
 
 
-def load_checkpoint(net: nn.Module, path: str) -> None:
-    """Load a local weights file in the net's own keys, before norms are split; a head of another size is left out.
+def load_checkpoint(net: nn.Module, path: str, *, new_head: bool = True) -> None:
+    """Load a local weights file in the net's own keys, before norms are split.
+
+    Args:
+        net: the net.
+        path: .safetensors, or .pth with tensors only.
+        new_head: leave out a classifier of another size, for training; False refuses it.
 
     Raises:
         UserError: no such file, a file that only loads by running code, or weights of another net.
@@ -69,6 +74,8 @@ def load_checkpoint(net: nn.Module, path: str) -> None:
     expected = net.state_dict()
     head = _head_keys(net)
     dropped = {k for k in head if k in expected and (k not in state or state[k].shape != expected[k].shape)}
+    if dropped and not new_head:
+        raise UserError(f"{path}: its classifier ({', '.join(sorted(dropped))}) has another number of classes")
     if dropped:
         logger.warning("model.checkpoint: %s: its classifier doesn't fit and starts anew: %s", path, sorted(dropped))
     state = {key: value for key, value in state.items() if key not in dropped}

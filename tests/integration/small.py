@@ -1,0 +1,78 @@
+"""Small recipes and data, and the processes that these tests started."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+ARAT = str(Path(sys.executable).with_name("arat"))
+
+MARK = "ARAT_TEST_SESSION"
+"""Every process that a test starts inherits this variable, however many parents lie in between."""
+
+
+def marked_processes(title: str = "") -> dict[int, str]:
+    """Command lines by pid of the live processes that these tests started; those that contain `title`."""
+    mark = f"{MARK}={os.environ[MARK]}".encode()
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark in (folder / "environ").read_bytes().split(b"\0") and int(folder.name) != os.getpid():
+                found[int(folder.name)] = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+        except OSError:  # it has ended since
+            continue
+    # Python's own helper ends with the process that it serves.
+    return {pid: line for pid, line in found.items() if title in line and "resource_tracker" not in line and line}
+
+
+def wait_until_gone(timeout_s: float = 60) -> dict[int, str]:
+    """Wait for the processes of these tests to end; returns those that are left."""
+    deadline = time.monotonic() + timeout_s
+    while (left := marked_processes()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return left
+
+
+def tiny_overrides(digits: Path, storage: Path) -> dict[str, str]:
+    return {
+        "data.train": f"{digits}/train.beton",
+        "data.val": f"{digits}/val.beton",
+        "model.args.channels": "[8, 8, 16, 16]",
+        "attack.steps": "1",
+        "optim.warmup_epochs": "0",
+        "train.epochs": "1",
+        "train.global_batch_size": "32",
+        "train.precision": "fp32",
+        "train.max_steps": "6",
+        "train.log_every": "2",
+        "eval.attack": "pgd2",
+        "eval.limit": "50",
+        "track.mlflow": "false",
+        "cluster.workers": "0",
+        "cluster.storage": str(storage),
+    }
+
+
+def as_options(overrides: dict[str, str]) -> list[str]:
+    """Overrides as the command line takes them."""
+    return [f"--{key}={value}" for key, value in overrides.items()]
+
+
+class NoisePictures:
+    """`num_classes` noisy RGB pictures of side 64, one of each class."""
+
+    description = "noise"
+
+    def __init__(self, num_classes: int):
+        self.class_names = [f"class {label:04d}" for label in range(num_classes)]
+
+    def __len__(self) -> int:
+        return len(self.class_names)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        return np.random.default_rng(index).integers(0, 256, (64, 64, 3), dtype=np.uint8), index
+
+    def name_of(self, index: int) -> str:
+        return f"noise {index}"

@@ -1,0 +1,119 @@
+"""A run that is killed or interrupted goes on, and ends as if nothing had happened."""
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from mlflow.tracking import MlflowClient
+from small import ARAT, as_options, tiny_overrides, wait_until_gone
+
+NUM_STEPS = 40
+
+
+@pytest.fixture(scope="module")
+def command(digits, tmp_path_factory) -> list[str]:
+    storage = tmp_path_factory.mktemp("resume")
+    overrides = tiny_overrides(digits, storage) | {
+        "cluster.workers": "2",
+        # Long enough that there is a middle to kill it in; the last, smaller batch is part of it.
+        "attack.steps": "4",
+        "train.max_steps": str(NUM_STEPS),
+        "train.checkpoint_every": "5",
+        "train.keep_checkpoints": "99",
+        "train.ema_decay": "0.9",
+        "track.mlflow": "true",
+    }
+    return [ARAT, "train", "digits", "--json", *as_options(overrides), "--name"]
+
+
+def storage_of(command: list[str]) -> Path:
+    return Path(next(option for option in command if "cluster.storage" in option).partition("=")[2])
+
+
+def stop_after(command: list[str], name: str, checkpoint: str, how: signal.Signals) -> tuple[int, str]:
+    """Start the command, send the signal once a checkpoint is whole; exit status and stderr."""
+    log = storage_of(command) / f"{name}-{checkpoint}.log"
+    with log.open("w") as stderr:
+        process = subprocess.Popen([*command, name], stdout=subprocess.PIPE, stderr=stderr, start_new_session=True)
+        deadline = time.monotonic() + 180
+        while not (storage_of(command) / name / "checkpoints" / checkpoint / "manifest.json").exists():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        process.send_signal(how)
+        process.communicate(timeout=60)
+    assert wait_until_gone() == {}, f"left by {how.name}"
+    return process.returncode, log.read_text()
+
+
+def to_the_end(command: list[str], name: str) -> dict:
+    done = subprocess.run([*command, name], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(command) -> dict:
+    return to_the_end(command, "calm")
+
+
+@pytest.fixture(scope="module")
+def troubled(command) -> dict:
+    """The driver is killed outright, the next one interrupted, the third comes to the end."""
+    status, _ = stop_after(command, "troubled", "step_00000010", signal.SIGKILL)
+    assert status == -signal.SIGKILL
+    status, err = stop_after(command, "troubled", "step_00000025", signal.SIGINT)
+    assert status == 1, err
+    assert err.splitlines()[-1] == "arat: interrupted; the same command goes on where it stopped"
+    assert "Traceback" not in err
+    return to_the_end(command, "troubled")
+
+
+def test_it_went_on_rather_than_started_anew(command, troubled):
+    first, second, third = lines(storage_of(command) / "troubled/attempts.jsonl")
+    assert 0 == first["step"] < 10 <= second["step"] < 25 <= third["step"] < NUM_STEPS
+    assert troubled["restarts"] == 2
+
+
+def test_it_has_seen_as_much(troubled, uninterrupted):
+    for key in ("steps", "samples_seen", "world_size", "clean_accuracy", "robust_accuracy", "losses", "recipe_sha256"):
+        assert troubled[key] == uninterrupted[key], key
+    assert troubled["steps"] == NUM_STEPS
+
+
+def test_every_line_of_metrics_is_there_once_with_the_same_values(command, troubled, uninterrupted):
+    calm, rough = (lines(storage_of(command) / name / "metrics.jsonl") for name in ("calm", "troubled"))
+    assert [line["step"] for line in rough] == list(range(2, NUM_STEPS + 1, 2))
+    assert [line["loss"] for line in rough] == [line["loss"] for line in calm]
+    times = [line["time_s"] for line in rough]
+    assert times == sorted(times)
+
+
+def test_mlflow_has_one_run_with_each_step_once(command, troubled):
+    client = MlflowClient(troubled["mlflow_tracking_uri"])
+    (experiment,) = [each for each in client.search_experiments() if each.name == "arat"]
+    runs = [run for run in client.search_runs([experiment.experiment_id]) if run.info.run_name == "troubled"]
+    assert [run.info.run_id for run in runs] == [troubled["mlflow_run_id"]]
+    assert runs[0].info.status == "FINISHED"
+    history = client.get_metric_history(troubled["mlflow_run_id"], "loss")
+    expected = [(line["step"], line["loss"]) for line in lines(storage_of(command) / "troubled/metrics.jsonl")]
+    assert sorted((metric.step, metric.value) for metric in history) == expected
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "ema.safetensors"])
+def test_the_weights_are_the_same_bit_for_bit(file, command, troubled, uninterrupted):
+    calm, rough = (
+        safetensors.torch.load_file(storage_of(command) / name / f"checkpoints/step_{NUM_STEPS:08d}" / file)
+        for name in ("calm", "troubled")
+    )
+    assert calm.keys() == rough.keys()
+    assert [key for key in calm if not torch.equal(calm[key], rough[key])] == []
