@@ -71,6 +71,8 @@ def test_linf_equals_pgd_written_out(random_start):
         expected = torch.stack(moved)
     torch.testing.assert_close(adversarial, expected, rtol=0, atol=1e-12)
     assert (adversarial - pixels).abs().max() > EPS / 2
+    # Even an attack of no steps gives pictures of its own.
+    assert PGD("linf", EPS, EPS, 0, random_start)(toy_loss(net, labels), pixels, keys).data_ptr() != pixels.data_ptr()
 
 
 def test_l2_equals_pgd_written_out_and_stays_in_the_ball():

@@ -118,6 +118,14 @@ def test_loss_and_gradients_equal_the_formula_written_out(switches):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_the_predictor_is_the_papers_bottleneck_one_a_tap():
+    arat = build()
+    shapes = [{name: tuple(p.shape) for name, p in h.named_parameters()} for h in arat.predictors]
+    bottleneck = {"0.weight": (2, 8), "1.weight": (2,), "1.bias": (2,), "3.weight": (8, 2), "3.bias": (8,)}
+    assert shapes == [bottleneck] * 2
+    assert len(build(predictor=False).predictors) == 0
+
+
 def test_the_switches_are_no_synonyms():
     images, labels, keys = toy_batch()
     cases: list[dict[str, Any]] = [{}, {"symmetric": True}, {"predictor": False}, {"distance": "mse"}, {"gamma": 0}]
