@@ -59,12 +59,12 @@ def test_every_line_arrives_once_also_across_a_restart(tmp_path):
     assert history(client, first, "loss") == [(2, 1 / 2), (4, 1 / 4), (6, 1 / 6)]
     assert client.get_run(first).info.status == "RUNNING"
 
-    # The run goes on from a checkpoint at step 4: its last line is computed again.
+    # The run goes on from a checkpoint at step 4: its last line is computed again, at another time.
     run.forget_metrics_after(4)
     again = Mirror(run, recipe, uri)
     again.start()
     for step in (6, 8):
-        run.log(line(step))
+        run.log({**line(step), "time_s": step})
     again.finish({"clean_accuracy": 0.5, "robust_accuracy": None, "steps": 8})
     assert again.run_id == first
     assert len(client.search_runs([client.get_run(first).info.experiment_id])) == 1
