@@ -24,7 +24,6 @@ from pydantic import (
     ConfigDict,
     Field,
     FiniteFloat,
-    TypeAdapter,
     ValidationError,
 )
 from pydantic_core import ErrorDetails
@@ -541,11 +540,3 @@ def _check_fields(recipe: Recipe, source: str) -> None:
     for failed, message in checks:
         if failed:
             raise UserError(f"{source}: {message}")
-
-
-def parse_number(text: str) -> float:
-    """A positive number or fraction given on the command line, such as 8/255 (UserError)."""
-    try:
-        return TypeAdapter(Positive).validate_python(text)
-    except ValidationError:
-        raise UserError(f"{text}: a positive number or fraction such as 8/255 would be right") from None

@@ -20,7 +20,6 @@ from arat_dist.config import (
     find_recipe,
     iter_keys,
     load_recipe,
-    parse_number,
     parse_recipe,
     shipped_recipes,
 )
@@ -97,17 +96,6 @@ def test_exponents_without_a_dot_are_numbers(recipe_file):
     recipe = load_recipe(recipe_file(text))
     assert (recipe.optim.weight_decay, recipe.optim.lr) == (5e-4, 0.1)
     assert recipe.model.args == {"drop_path_rate": 0.1, "act_layer": "relu"}
-
-
-@pytest.mark.parametrize(("text", "number"), [("8/255", 8 / 255), ("0.5", 0.5), ("1e-3", 1e-3)])
-def test_parse_number(text, number):
-    assert parse_number(text) == number
-
-
-@pytest.mark.parametrize("text", ["", "0", "-1/255", "1/0", "1/2/3", "eps", "nan", "inf", "inf/2"])
-def test_parse_number_refuses(text):
-    with pytest.raises(UserError, match="positive number or fraction"):
-        parse_number(text)
 
 
 def test_the_objective_picks_its_section():

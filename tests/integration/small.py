@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -61,18 +62,19 @@ def as_options(overrides: dict[str, str]) -> list[str]:
 
 
 class NoisePictures:
-    """`num_classes` noisy RGB pictures of side 64, one of each class."""
+    """`num_classes` noisy RGB pictures, one of each class."""
 
     description = "noise"
 
-    def __init__(self, num_classes: int):
-        self.class_names = [f"class {label:04d}" for label in range(num_classes)]
+    def __init__(self, num_classes: int, side: int = 32):
+        self.side = side
+        self.class_names: Sequence[str] = [f"class {label:04d}" for label in range(num_classes)]
 
     def __len__(self) -> int:
         return len(self.class_names)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        return np.random.default_rng(index).integers(0, 256, (64, 64, 3), dtype=np.uint8), index
+        return np.random.default_rng(index).integers(0, 256, (self.side, self.side, 3), dtype=np.uint8), index
 
     def name_of(self, index: int) -> str:
         return f"noise {index}"

@@ -1,0 +1,226 @@
+"""Several workers under Ray: the same results as in one process, every recipe takes a step, and a dead worker is
+replaced."""
+
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.tracking import MlflowClient
+from small import NoisePictures, marked_processes, tiny_overrides
+
+from arat_dist.config import ClusterConfig, Recipe, load_recipe, shipped_recipes
+from arat_dist.data.beton import write_beton
+from arat_dist.engine import Rank
+from arat_dist.errors import UserError, WorkersError
+from arat_dist.preflight import check_recipe
+from arat_dist.run import Run
+from arat_dist.train import train
+from launcher.evaluate import evaluate_target
+from launcher.fit import connect, disconnect, fit, run_workers
+
+RECIPES = sorted(path.stem for path in shipped_recipes().glob("*.yaml"))
+TWO = ClusterConfig(workers=2)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> Iterator[None]:
+    """One Ray for all tests of the file."""
+    connect(TWO)
+    yield
+    disconnect()
+
+
+def test_a_ray_of_our_own_is_not_reachable_from_other_machines():
+    import ray
+
+    assert [node["NodeManagerAddress"] for node in ray.nodes()] == ["127.0.0.1"]
+
+
+# One result at two workers ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(digits, tmp_path_factory) -> tuple[dict[str, Any], Path, list[dict[str, Any]]]:
+    """A run of two workers: its summary, its folder, the lines that were seen while it ran."""
+    storage = tmp_path_factory.mktemp("trained")
+    overrides = tiny_overrides(digits, storage) | {"cluster.workers": "2", "track.mlflow": "true"}
+    del overrides["eval.limit"]
+    seen: list[dict[str, Any]] = []
+    summary = fit(load_recipe("digits", list(overrides.items())), "two", seen.append)
+    return summary, storage / "two", seen
+
+
+def test_two_workers_train_and_count_every_picture_once(trained):
+    summary, folder, seen = trained
+    assert (summary["world_size"], summary["steps"], summary["samples_seen"]) == (2, 6, 6 * 32)
+    assert summary["num_samples"] == 360
+    assert summary["restarts"] == 0
+    assert summary == json.loads((folder / "summary.json").read_text())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 6]
+    assert seen == lines
+
+
+def test_mlflow_mirrors_the_last_line(trained):
+    summary, folder, _ = trained
+    run = MlflowClient(summary["mlflow_tracking_uri"]).get_run(summary["mlflow_run_id"])
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert run.data.metrics["loss"] == last["loss"]
+    assert run.data.metrics["val_clean_accuracy"] == summary["clean_accuracy"]
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.global_batch_size"] == "32"
+
+
+def test_ray_keeps_no_checkpoints_of_its_own(trained):
+    _, folder, _ = trained
+    left = [path for path in (folder.parent / ".ray").rglob("*") if path.is_file()]
+    assert [path for path in left if path.suffix in (".pt", ".safetensors", ".pkl") or path.stat().st_size > 1e5] == []
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_00000006"]
+
+
+def test_two_workers_count_what_one_process_counts(trained):
+    """Clean verdicts are exactly those of one process; so are the attacked ones, whose starts hang on the picture."""
+    summary, folder, _ = trained
+    # An odd number and a small batch: unequal shares, and a last batch that isn't full.
+    changes = {"attack": "pgd2", "limit": 151, "batch_size": 16}
+    one, two = (
+        evaluate_target(str(folder), weights=None, val=None, changes=changes, num_workers=workers) for workers in (0, 2)
+    )
+    counts = [tuple(round(result[key] * 151) for key in ("clean_accuracy", "robust_accuracy")) for result in (one, two)]
+    assert one["num_samples"] == two["num_samples"] == 151
+    assert counts[0] == counts[1]
+    assert 0 < counts[0][0] < 151, "a net that is always or never right counts nothing"
+    whole = evaluate_target(str(folder), weights=None, val=None, changes={}, num_workers=0)
+    assert whole["clean_accuracy"] == summary["clean_accuracy"]
+
+
+# Every recipe -------------------------------------------------------------------------------------------------------
+
+
+def shrink(recipe: Recipe, folder: Path) -> Recipe:
+    """The recipe in all that makes it this one, at a size for a small machine."""
+    # Strides and the number of taps keep their meaning at these sizes, patches of 16 included.
+    side = min(64, recipe.data.image_size)
+    sizes: dict[str, Any] = {
+        "data.image_size": side,
+        "data.train": f"{folder}/{recipe.data.num_classes}x{side}.beton",
+        "data.val": f"{folder}/{recipe.data.num_classes}x{side}.beton",
+        "data.loader_threads": 1,
+        "model.pretrained": False,
+        "attack.steps": 1,
+        "train.global_batch_size": 8,
+        "train.max_steps": 1,
+        "train.log_every": 1,
+        "eval.attack": "none",
+        "eval.limit": 4,
+        "track.mlflow": False,
+        "cluster.workers": 2,
+        "cluster.cpus_per_worker": 1,
+        "cluster.gpus_per_worker": 0,
+        "cluster.storage": str(folder / "runs"),
+    }
+    tree = recipe.model_dump(mode="json")
+    for key, value in sizes.items():
+        section, name = key.split(".")
+        tree[section][name] = value
+    return Recipe.model_validate(tree)
+
+
+def train_each(recipes: dict[str, Recipe], rank: Rank) -> dict[str, Any]:
+    """Summary by recipe, or the error: one worker group for all, since starting one takes the most time."""
+    results: dict[str, Any] = {}
+    for name, recipe in recipes.items():
+        try:
+            results[name] = train(recipe, Run(recipe.cluster.storage, name), rank)
+        except Exception as error:
+            logging.getLogger("arat_dist").exception("%s", name)
+            results[name] = f"{type(error).__name__}: {error}"
+    return results
+
+
+@pytest.fixture(scope="module")
+def shrunk(tmp_path_factory) -> dict[str, Recipe]:
+    folder = tmp_path_factory.mktemp("recipes")
+    recipes = {name: shrink(load_recipe(name), folder) for name in RECIPES}
+    for recipe in recipes.values():
+        if not Path(recipe.data.train).exists():
+            write_beton(NoisePictures(recipe.data.num_classes, recipe.data.image_size), recipe.data.train)
+    return recipes
+
+
+@pytest.fixture(scope="module")
+def stepped(shrunk) -> dict[str, Any]:
+    trainable = {name: recipe for name, recipe in shrunk.items() if recipe.engine.kind == "ddp"}
+    for recipe in trainable.values():
+        check_recipe(recipe)
+    # By value: workers can't import this file.
+    return run_workers(partial(by_value(train_each), trainable), TWO, "recipes")
+
+
+def by_value(function: Any) -> Any:
+    """Have Ray send this file's functions as code."""
+    # Ray reads the settings that `connect` makes when it is imported.
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[function.__module__])
+    return function
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_takes_a_step_on_two_workers(name, shrunk, stepped):
+    if name not in stepped:
+        with pytest.raises(UserError, match=r"^engine\.kind: deepspeed: .* ddp would be right$"):
+            check_recipe(shrunk[name])
+        return
+    summary = stepped[name]
+    assert isinstance(summary, dict), summary
+    assert (summary["steps"], summary["samples_seen"], summary["world_size"], summary["num_samples"]) == (1, 8, 2, 4)
+    assert all(value >= 0 for value in summary["losses"].values())
+    assert summary["losses"].keys() >= {"loss", "adv", "clean", "invariance"}
+
+
+# Failures -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_dead_worker_is_replaced_and_the_run_goes_on(digits, tmp_path):
+    overrides = tiny_overrides(digits, tmp_path) | {
+        "cluster.workers": "2",
+        "attack.steps": "4",
+        "train.max_steps": "30",
+        "train.checkpoint_every": "4",
+    }
+    killed: list[int] = []
+
+    def kill_one(line: dict[str, Any]) -> None:
+        if line["step"] >= 8 and not killed:
+            killed.append(max(marked_processes("ray::RayTrainWorker")))
+            os.kill(killed[0], signal.SIGKILL)
+
+    summary = fit(load_recipe("digits", list(overrides.items())), "mourned", kill_one)
+    assert len(killed) == 1
+    assert (summary["restarts"], summary["steps"], summary["samples_seen"]) == (1, 30, 30 * 32)
+    first, second = (json.loads(line) for line in (tmp_path / "mourned/attempts.jsonl").read_text().splitlines())
+    assert (first["step"], second["step"] % 4) == (0, 0)
+    assert second["step"] >= 4
+    steps = [json.loads(line)["step"] for line in (tmp_path / "mourned/metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(2, 31, 2))
+
+
+def fail_on_the_second(rank: Rank) -> None:
+    if rank.index == 1:
+        raise LookupError("no such thing")
+
+
+def test_a_workers_own_error_reaches_the_user(tmp_path):
+    cluster = ClusterConfig(workers=2, max_failures=0, storage=str(tmp_path))
+    with pytest.raises(WorkersError) as raised:
+        run_workers(by_value(fail_on_the_second), cluster, "failing")
+    assert str(raised.value) == "the work failed on worker 1: LookupError: no such thing"
+    assert "fail_on_the_second" in raised.value.tracebacks
