@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from toys import Sets, toy_recipe
+from toys import Sets, toy_batch, toy_recipe
 
 from arat_dist.checkpoint import Checkpoint, checkpoint_names, load_checkpoint, load_newest
 from arat_dist.config import Recipe
-from arat_dist.engine import DDPEngine, Rank
+from arat_dist.engine import DDPEngine, Rank, build_engine
+from arat_dist.objectives import build_objective
 from arat_dist.optim import lr_at
 from arat_dist.run import Run
-from arat_dist.train import num_steps, sample_order, train
+from arat_dist.train import num_steps, sample_order, save, train
 
 RANK = Rank(0, 1, torch.device("cpu"))
 VARIABLE = ("time_s", "images_per_second", "memory_mb")
@@ -199,6 +200,22 @@ def test_a_line_is_the_mean_over_the_samples_since_the_last_one(sets: Sets, tmp_
             mean = sum(v * n for v, n in zip(values, sizes, strict=True)) / sum(sizes)
             assert line[key] == pytest.approx(mean, rel=1e-12)
         assert line["gradient_norm"] == fine.metrics()[steps[-1]]["gradient_norm"]
+
+
+def test_a_checkpoint_holds_what_all_ranks_counted(sets: Sets, tmp_path):
+    class OneOfThreeAlike(Rank):
+        def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.mul_(3)
+
+    recipe = toy_recipe(sets)
+    rank = OneOfThreeAlike(0, 1, torch.device("cpu"))
+    engine = build_engine(build_objective(recipe), recipe.engine, recipe.optim, rank, channels_last=True)
+    engine(*toy_batch(8, side=16))
+    run = Run(str(tmp_path), "run")
+    save(run, engine, None, rank, 1, keep=1)
+    weights = newest(run).weights["model"]
+    assert weights["counts"][1] == 3 * 8
+    assert weights["local_counts"].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("clip", [None, 1e30])
