@@ -153,8 +153,6 @@ def connect(cluster: ClusterConfig) -> None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         # Read on import: without it Ray binds to the address that other machines reach.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        # How long Ray's agents outlive a driver that was killed; the default is a minute.
-        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "15")
     import ray
 
     if ray.is_initialized():

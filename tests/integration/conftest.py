@@ -17,7 +17,7 @@ from arat_dist.data.sources import open_source
 def _no_process_is_left() -> Iterator[None]:
     os.environ[MARK] = uuid.uuid4().hex
     yield
-    left = wait_until_gone()
+    left = wait_until_gone(90)
     for pid in left:
         os.kill(pid, signal.SIGKILL)
     del os.environ[MARK]
