@@ -175,11 +175,17 @@ def test_random_resized_crop_shows_its_box(large: Pictures, large_beton: Path):
         assert_close(image, expected[:, ::-1] if random_word(9, key, 0) % 2 else expected)
 
 
+def test_centre_boxes():
+    assert augment.centre_box(100, 200, 0.875) == (6, 56, 88, 88)
+    assert augment.centre_box(33, 32, 1.0) == (0, 0, 32, 32)
+    assert augment.centre_box(3, 900, 0.1) == (1, 449, 1, 1)
+
+
 def test_validation_takes_the_centre(large: Pictures, large_beton: Path):
-    loader = BetonLoader(large_beton, batch_size=13, image_size=48, val_crop=0.875)
+    loader = BetonLoader(large_beton, batch_size=13, image_size=48, val_crop=0.5)
     for key, image in pixels_by_key(loader, eval_shares(13, 13, 0, 1)).items():
         height, width = large.pictures[key].shape[:2]
-        side = round(0.875 * min(height, width))
+        side = round(0.5 * min(height, width))
         expected = resized(large.pictures[key], (height - side) // 2, (width - side) // 2, side, side, side=48)
         assert_close(image, expected)
 
@@ -318,6 +324,13 @@ def test_a_truncated_file_is_not_opened(small_beton: Path, tmp_path: Path):
         path.write_bytes(content[:length])
         with pytest.raises(UserError, match=r"short.beton: not a complete .beton"):
             BetonLoader(path, batch_size=4, image_size=32)
+
+
+def test_a_table_that_points_behind_the_end_is_refused(small_beton: Path, tmp_path: Path):
+    path = tmp_path / "wild.beton"
+    path.write_bytes(small_beton.read_bytes()[:-8] + (2**40).to_bytes(8, "little"))
+    with pytest.raises(UserError, match=r"wild.beton: not a complete .beton"):
+        BetonLoader(path, batch_size=4, image_size=32)
 
 
 def test_pad_crop_refuses_other_sizes(small_beton: Path):
