@@ -133,7 +133,8 @@ def uniform_noise(keys: Tensor, like: Tensor, seed: int) -> Tensor:
 
     Source: a 32-bit counter through the finaliser lowbias32 (Wellons 2018), 24 bits of it used.
     """
-    stream = _mix(_mix(_mix(keys >> 32 & _MASK) ^ (keys & _MASK)) ^ seed)
+    # 0 is a fixed point of the finaliser: without the constant, seed 0 and key 0 would begin with noise 0.
+    stream = _mix(_mix(_mix(keys >> 32 & _MASK) ^ (keys & _MASK)) ^ seed ^ 0x9E3779B9)
     position = torch.arange(like[0].numel(), device=like.device) * 0x9E3779B9 & _MASK
     bits = _mix(stream[:, None] ^ position[None, :]) >> 8
     noise = torch.empty_like(like)

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import logging
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -108,7 +109,10 @@ def load_checkpoint(folder: Storage, *, with_optimizer: bool = True) -> Checkpoi
         if file.endswith(".safetensors"):
             weights[file.removesuffix(".safetensors")] = safetensors.torch.load(content)
         else:
-            optimizer = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+            try:
+                optimizer = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
+            except (pickle.UnpicklingError, RuntimeError) as error:
+                raise DamagedError(f"{folder.path(file)}: holds more than tensors and plain values") from error
     return Checkpoint(step, weights, optimizer)
 
 

@@ -6,31 +6,15 @@ A recipe is data: no class paths, no code. Unknown keys are refused. Every numbe
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
-import yaml.constructor
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    FiniteFloat,
-    ValidationError,
-)
-from pydantic_core import ErrorDetails
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
 
 from arat_dist.errors import UserError
-
-log = logging.getLogger(__name__)
 
 
 def _fraction(value: object) -> object:
@@ -224,8 +208,6 @@ class TrainConfig(Section):
     """Pictures of one optimizer step, over all workers."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """Compute precision of attack and training passes; master weights are fp32."""
-    channels_last: bool = True
-    """Memory format of the net and the pictures."""
     seed: Annotated[Integer, Field(ge=0, lt=2**31)] = 0
     """Fixes weights at the start, sample order, augmentation, attack starts, dropout."""
     ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = None
@@ -261,7 +243,7 @@ class EvalConfig(Section):
     batch_size: Count = 128
     """Pictures of one pass, per worker."""
     limit: Count | None = None
-    """Only the first pictures of the set; default: all."""
+    """Only so many pictures, evenly spaced over the set; default: all."""
     seed: Annotated[Integer, Field(ge=0, lt=2**31)] = 0
     """Fixes the attack's start per picture."""
 
@@ -322,170 +304,8 @@ class Recipe(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, width=120)
 
 
-def load_recipe(path: str | Path, overrides: Sequence[tuple[str, Any]] = ()) -> Recipe:
-    """Read a recipe file and lay dotted overrides over it.
-
-    Args:
-        path: a YAML file, or the name of a recipe that ships with the package.
-        overrides: pairs of a dotted key and its value; strings are read as YAML.
-
-    Raises:
-        UserError: one line that names the file, the key and what would be right.
-    """
-    file = find_recipe(path)
-    try:
-        tree = yaml.load(file.read_text(), Loader=_UniqueKeyLoader)  # noqa: S506  a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not a YAML file: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{file}: a recipe is a mapping of sections, this holds {type(tree).__name__}")
-    # The objective first: changing it drops the keys of the old one, never those given beside it.
-    for key, value in sorted(overrides, key=lambda override: override[0] != "objective.name"):
-        _override(tree, key, value)
-    return parse_recipe(tree, source=str(file))
-
-
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a key that is written twice, of which PyYAML would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen = set()
-        for key, _ in node.value:
-            if key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key.value!r} stands twice", key.start_mark)
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-
-def parse_recipe(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
-    """Check a recipe given as nested mappings; `source` names it in errors (UserError)."""
-    try:
-        recipe = Recipe.model_validate(tree)
-    except ValidationError as error:
-        raise UserError(f"{source}: {_first_error(error)}") from error
-    _check_fields(recipe, source)
-    return recipe
-
-
-def shipped_recipes() -> Path:
-    """Folder of the recipes that come with the package: inside it when installed, beside it in a checkout."""
-    inside = Path(__file__).parent / "recipes"
-    return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
-
-
-def find_recipe(path: str | Path) -> Path:
-    """The recipe file that a user named: a path, or the name of a shipped one (UserError if neither)."""
-    shipped = shipped_recipes()
-    name = str(path).removeprefix("recipes/")
-    for candidate in (Path(path), shipped / name, shipped / f"{name}.yaml"):
-        if candidate.is_file():
-            return candidate
-    known = sorted(file.stem for file in shipped.glob("*.yaml"))
-    raise UserError(f"{path}: no such recipe; a YAML file or one of {', '.join(known)} would be right")
-
-
-def iter_keys() -> Iterator[tuple[str, str, str]]:
-    """Every dotted key of the schema with its default and its docstring, for --help and for suggestions."""
-    for section, field in Recipe.model_fields.items():
-        for model in _section_models(field.annotation):
-            for name, sub in model.model_fields.items():
-                default = "required" if sub.is_required() else str(sub.get_default(call_default_factory=True))
-                yield f"{section}.{name}", default, sub.description or ""
-
-
-def _section_models(annotation: object) -> list[type[Section]]:
-    """The section classes behind a field: one, or every objective of the union."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return [annotation]
-    return [cast("type[Section]", part) for part in getattr(annotation, "__args__", ())]
-
-
-def _override(tree: dict[str, Any], key: str, value: object) -> None:
-    """Set one dotted key. A new objective starts from its own defaults: the keys of the old one are dropped."""
-    parts = key.split(".")
-    if len(parts) < 2:
-        raise UserError(f"--{key}: a recipe key has a section, as in --train.epochs 10{_suggest(key)}")
-    if isinstance(value, str):
-        try:
-            value = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"--{key}: {value!r} is not a YAML value") from None
-    node = tree
-    for part in parts[:-1]:
-        if node.get(part) is None:
-            node[part] = {}
-        node = node[part]
-        if not isinstance(node, dict):
-            raise UserError(f"--{key}: {part} is not a section{_suggest(key)}")
-    if key == "objective.name" and node.get("name") != value:
-        dropped = [name for name in node if name != "name"]
-        if dropped:
-            log.warning(
-                "objective.name: %s in place of %s, whose keys go: %s", value, node.get("name"), ", ".join(dropped)
-            )
-        node.clear()
-    node[parts[-1]] = value
-
-
-def _first_error(error: ValidationError) -> str:
-    """One line for the first key that pydantic found wrong."""
-    errors = error.errors()
-    key = _error_key(errors[0])
-    # A field that may be one of several types has an error for each of them.
-    same = [each for each in errors if _error_key(each) == key]
-    more = f" (and {len(errors) - len(same)} more)" if len(errors) > len(same) else ""
-    return " ".join(f"{key}: {_error_message(same)}{more}".split())
-
-
-def _error_key(error: ErrorDetails) -> str:
-    """The dotted key of an error, as users know it."""
-    # Names of types stand in the path of a union's errors, and the discriminator's tag in that of a tagged one.
-    parts = [str(part) for part in error["loc"] if "[" not in str(part)]
-    if parts[:1] == ["objective"] and len(parts) > 2:
-        del parts[1]
-    if error["type"].startswith("union_tag_"):
-        parts.append("name")
-    return ".".join(parts)
-
-
-def _error_message(errors: list[ErrorDetails]) -> str:
-    """What is wrong with the value of one key, and what would be right."""
-    first = errors[0]
-    match first["type"]:
-        case "missing":
-            return "missing"
-        case "extra_forbidden":
-            owner = f" of {first['loc'][1]}" if first["loc"][0] == "objective" else ""
-            return f"unknown key{owner}{_suggest(_error_key(first))}"
-        case "union_tag_invalid" | "union_tag_not_found":
-            given = f"{first['input']['name']!r}" if "name" in first["input"] else "missing"
-            return f"{given}: one of {', '.join(_objective_names())} would be right"
-        case "model_type" | "model_attributes_type" | "dict_type":
-            return f"{first['input']!r}: a section with keys below it would be right"
-    texts = [each["msg"].removeprefix("Value error, ").replace("valid tuple", "list") for each in errors]
-    return f"{first['input']!r}: {' or '.join(text[:1].lower() + text[1:] for text in texts)}"
-
-
-def _objective_names() -> list[str]:
-    """Every value of objective.name."""
-    sections = _section_models(Recipe.model_fields["objective"].annotation)
-    return [get_args(section.model_fields["name"].annotation)[0] for section in sections]
-
-
-def _suggest(key: str) -> str:
-    """The known key that was probably meant, as the end of a sentence, or nothing."""
-    known = [*Recipe.model_fields, *(name for name, _, _ in iter_keys())]
-    if key in known:
-        return ""
-    section, _, leaf = key.rpartition(".")
-    elsewhere = [name for name in known if name.endswith(f".{leaf}")]
-    siblings = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == section}
-    nearest = elsewhere or [siblings[close] for close in difflib.get_close_matches(leaf, siblings, n=1)]
-    return f"; did you mean {nearest[0]}?" if nearest else ""
-
-
-def _check_fields(recipe: Recipe, source: str) -> None:
-    """Checks between fields that need nothing but the recipe (UserError)."""
+def check_fields(recipe: Recipe, source: str) -> None:
+    """Checks between fields that need nothing but the recipe (UserError; `source` names it)."""
     attack, optim, data = recipe.attack, recipe.optim, recipe.data
     checks = [
         (

@@ -8,8 +8,9 @@ from typing import Any
 
 import yaml
 
-from arat_dist.config import Recipe, parse_recipe
+from arat_dist.config import ClusterConfig, Recipe
 from arat_dist.errors import UserError
+from arat_dist.recipe import parse_recipe
 from arat_dist.storage import Storage
 
 METRICS = "metrics.jsonl"
@@ -43,12 +44,13 @@ class Run:
 
     @classmethod
     def at(cls, uri: str) -> Run:
-        """The run in a folder; UserError where there is none."""
-        parent, _, name = uri.rstrip("/").rpartition("/")
-        run = cls(parent or ".", name)
-        if not run.folder.exists(RECIPE):
-            raise UserError(f"{uri}: not a run (no {RECIPE} in it)")
-        return run
+        """The run in a folder, or that of a name in the default storage; UserError where there is neither."""
+        parent, slash, name = uri.rstrip("/").rpartition("/")
+        for storage in [parent or "/"] if slash else [".", ClusterConfig().storage]:
+            run = cls(storage, name)
+            if run.folder.exists(RECIPE):
+                return run
+        raise UserError(f"{uri}: not a run (no {RECIPE} in it)")
 
     def check(self, recipe: Recipe) -> None:
         """Refuse a recipe that isn't this run's, if the run has begun (UserError); finished or not."""

@@ -113,3 +113,8 @@ class Storage:
     def _size(self, name: str) -> int:
         self._fs.invalidate_cache(self._root)
         return self._fs.size(self.path(name))
+
+
+def absolute_path(path: str) -> str:
+    """A path or URI as a process in another working directory needs it."""
+    return path if "://" in path else str(Path(path).absolute())

@@ -18,6 +18,7 @@ from arat_dist.models.backbone import create_backbone, load_checkpoint, pretrain
 from arat_dist.models.classifier import Classifier
 from arat_dist.objectives import build_objective
 from arat_dist.run import RECIPE, Run
+from arat_dist.storage import absolute_path
 
 Weights = Literal["raw", "ema"]
 
@@ -28,11 +29,13 @@ TIMM = "timm:"
 class Target:
     """A net to evaluate, and what is known of how.
 
+    uri: what opens it from any working directory.
     classifier: in evaluation mode, on the CPU.
     data: val is the set to evaluate on.
     config: attack, norm and eps; the latter two None where nothing says them.
     """
 
+    uri: str
     classifier: Classifier
     data: DataConfig
     config: EvalConfig
@@ -59,9 +62,9 @@ def open_target(target: str, *, weights: Weights | None = None, val: str | None 
         right = f"a run ({RECIPE} in it), an export (config.json in it) or {TIMM}ARCH[:WEIGHTS_FILE] would be right"
         raise UserError(f"{target}: {right}") from None
     recipe = run.recipe()
-    data = recipe.data.model_copy(update={"val": val or recipe.data.val})
+    data = recipe.data.model_copy(update={"val": absolute_path(val or recipe.data.val)})
     check_classes(data.val, recipe.data.num_classes)
-    return Target(load_run(run, recipe, weights), data, eval_config(recipe))
+    return Target(run.folder.uri, load_run(run, recipe, weights), data, eval_config(recipe))
 
 
 def load_run(run: Run, recipe: Recipe, weights: Weights | None = None) -> Classifier:
@@ -129,7 +132,7 @@ def check_classes(val: str, num_classes: int) -> None:
 def _open_export(folder: str, val: str) -> Target:
     metadata = read_metadata(folder)
     config = EvalConfig(norm=metadata.get("norm"), eps=metadata.get("eps"))
-    return _bare_target(load_exported(folder), val, config)
+    return _bare_target(absolute_path(folder), load_exported(folder), val, config)
 
 
 def _open_timm(target: str, val: str) -> Target:
@@ -143,18 +146,20 @@ def _open_timm(target: str, val: str) -> Target:
     if file:
         load_checkpoint(backbone, file, new_head=False)
     cfg = pretrained_cfg(backbone)
-    return _bare_target(Classifier(backbone, cfg["mean"], cfg["std"]).eval(), val, EvalConfig())
+    uri = f"{TIMM}{name}" + (f":{absolute_path(file)}" if file else "")
+    return _bare_target(uri, Classifier(backbone, cfg["mean"], cfg["std"]).eval(), val, EvalConfig())
 
 
-def _bare_target(classifier: Classifier, val: str, config: EvalConfig) -> Target:
+def _bare_target(uri: str, classifier: Classifier, val: str, config: EvalConfig) -> Target:
     """A net without a recipe: picture size and crop as timm notes them."""
     cfg = pretrained_cfg(classifier.backbone)
     num_classes = int(classifier.backbone.num_classes)  # pyright: ignore[reportArgumentType]
     check_classes(val, num_classes)
+    val = absolute_path(val)
     data = DataConfig(
         train=val, val=val, num_classes=num_classes, image_size=cfg["input_size"][-1], val_crop=cfg["crop_pct"]
     )
-    return Target(classifier, data, config)
+    return Target(uri, classifier, data, config)
 
 
 def _needed(val: str | None, target: str) -> str:

@@ -70,6 +70,7 @@ class Mirror(Follower):
         self._client: Any = None
         self.run_id: str | None = None
         self._last_step = -1
+        self._start_ms = 0
 
     def run(self) -> None:
         """Connect, then follow."""
@@ -100,11 +101,12 @@ class Mirror(Follower):
         notes = self._run.folder.read_json(MLFLOW)
         if notes.get("tracking_uri") == self.uri:
             self.run_id = notes["run_id"]
+            self._start_ms = self._client.get_run(self.run_id).info.start_time
             history = self._client.get_metric_history(self.run_id, "loss")
             self._last_step = max((metric.step for metric in history), default=-1)
             return
         created = self._client.create_run(self._experiment(), run_name=self._run.name)
-        self.run_id = created.info.run_id
+        self.run_id, self._start_ms = created.info.run_id, created.info.start_time
         self._run.folder.write_json(MLFLOW, {"tracking_uri": self.uri, "run_id": self.run_id})
         for key, value in flatten(self._recipe.model_dump(mode="json")).items():
             self._client.log_param(self.run_id, key, str(value)[:_PARAM_LENGTH])
@@ -122,7 +124,7 @@ class Mirror(Follower):
         if line["step"] <= self._last_step:
             return
         self._last_step = line["step"]
-        timestamp_ms = int(line["time_s"] * 1000)
+        timestamp_ms = self._start_ms + int(line["time_s"] * 1000)
         metrics = [
             Metric(key, float(value), timestamp_ms, line["step"]) for key, value in line.items() if key != "step"
         ]

@@ -35,9 +35,7 @@ def train(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
     torch.manual_seed(settings.seed)
     order = sample_order(recipe)
     stop = num_steps(recipe)
-    engine = build_engine(
-        build_objective(recipe), recipe.engine, recipe.optim, rank, channels_last=settings.channels_last
-    )
+    engine = build_engine(build_objective(recipe), recipe.engine, recipe.optim, rank)
     ema = build_ema(engine.objective.classifier, settings.ema_decay) if settings.ema_decay else None
     start = resume(run, engine, ema)
     log = MetricsLog(run, rank, start)
@@ -191,9 +189,11 @@ class MetricsLog:
 
     def summary(self) -> dict[str, Any]:
         """Pictures per second of this launch, and the last value of each named part of the loss."""
+        # A launch that found all steps done measured nothing itself.
         elapsed = self._line_begin - self._begin
+        speed = self._num_images / elapsed if self._num_images else self._last["images_per_second"]
         return {
-            "train_images_per_second": round(self._num_images / elapsed, 1) if self._num_images else None,
+            "train_images_per_second": round(speed, 1),
             "losses": {k.removeprefix("loss_"): v for k, v in self._last.items() if k.startswith("loss")},
         }
 

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import Progress
 
-from arat_dist.config import EvalConfig, iter_keys, load_recipe
+from arat_dist.config import EvalConfig
 from arat_dist.errors import UserError, WorkersError
+from arat_dist.recipe import iter_keys, load_recipe
 
 # Verbs import what they run when they run: `arat --help` and a mistyped recipe answer without torch and Ray.
 
@@ -37,6 +38,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BAD_INPUT
     except KeyboardInterrupt:
         print("arat: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        return FAILED
+    except FloatingPointError as error:
+        print(f"arat: the training broke down: {error}", file=sys.stderr)
         return FAILED
     except WorkersError as error:
         print(f"{error.tracebacks}\narat: {error}", file=sys.stderr)
@@ -121,7 +125,7 @@ def train(args: argparse.Namespace) -> dict[str, Any] | None:
         print(recipe.to_yaml(), end="", file=args.stdout)
         return None
     from arat_dist.run import Run
-    from launcher.fit import train_with_progress
+    from launcher.fit import fit
     from launcher.progress import console, results_table
 
     name = Path(args.recipe).stem if args.name is None else args.name
@@ -131,7 +135,7 @@ def train(args: argparse.Namespace) -> dict[str, Any] | None:
         console.print(f"{name}: finished already; another --name would train again", highlight=False)
         summary = finished
     else:
-        summary = train_with_progress(recipe, name)
+        summary = fit(recipe, name)
     _print_unless_json(args, results_table(name, [(summary["objective"], summary)]))
     return summary
 

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from arat_dist.config import Recipe, load_recipe
+from arat_dist.config import Recipe
 from arat_dist.data.beton import write_beton
 from arat_dist.data.manifest import check_beton
 from arat_dist.data.sources import open_source
 from arat_dist.errors import UserError
+from arat_dist.recipe import load_recipe
 from arat_dist.run import SUMMARY, Run
 from arat_dist.targets import export_run
-from launcher.fit import train_with_progress
+from launcher.fit import fit
 from launcher.progress import console
 
 NAME = "demo"
@@ -28,8 +29,8 @@ def demo(overrides: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     write_digits(recipe)
     for name in (NAME, f"{NAME}-standard"):
         forget_finished(recipe, name)
-    robust = train_with_progress(recipe, NAME)
-    standard = train_with_progress(contrast, f"{NAME}-standard")
+    robust = fit(recipe, NAME)
+    standard = fit(contrast, f"{NAME}-standard")
     run = Run(recipe.cluster.storage, NAME)
     exported = export_run(run, Path(run.folder.uri) / "export")
     summary = robust | {

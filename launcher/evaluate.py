@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -36,8 +35,11 @@ def evaluate_target(
     opened = open_target(target, weights=weights, val=val)
     config = _changed(opened.config, changes)
     _check_radius(target, opened.config, config, changes)
-    data = opened.data.model_copy(update={"val": str(Path(opened.data.val).absolute())})
-    work = partial(_evaluate, Target(opened.classifier, data, config))
+    if num_workers:
+        # Each worker opens it anew: Ray's object store is no place for weights.
+        work = partial(_open_and_evaluate, opened.uri, weights, opened.data.val, config)
+    else:
+        work = partial(_evaluate, opened, config)
     scores = run_workers(work, ClusterConfig(workers=num_workers), "eval")
     return scores | {"warnings": [], "wall_s": round(time.perf_counter() - began, 1)}
 
@@ -61,7 +63,13 @@ def _check_radius(target: str, before: EvalConfig, config: EvalConfig, changes: 
         raise UserError(f"--eps: {config.eps:g}: pixels are in [0,1], so linf eps is at most 1 (8/255 is usual)")
 
 
-def _evaluate(target: Target, rank: Rank) -> dict[str, Any]:
-    scores = evaluate(target.classifier.to(rank.device), target.data, target.config, rank)
+def _open_and_evaluate(
+    target: str, weights: Weights | None, val: str, config: EvalConfig, rank: Rank
+) -> dict[str, Any]:
+    return _evaluate(open_target(target, weights=weights, val=val), config, rank)
+
+
+def _evaluate(target: Target, config: EvalConfig, rank: Rank) -> dict[str, Any]:
+    scores = evaluate(target.classifier.to(rank.device), target.data, config, rank)
     summary = scores.summary()
     return {"attack": summary.pop("robust_attack"), **summary}

@@ -10,8 +10,8 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +22,7 @@ from arat_dist.engine import Rank
 from arat_dist.errors import WorkersError
 from arat_dist.preflight import check_recipe
 from arat_dist.run import Run
-from arat_dist.storage import Storage
+from arat_dist.storage import Storage, absolute_path
 from arat_dist.tracking import Follower, Mirror, tracking_uri
 from arat_dist.train import num_steps, train
 from launcher.progress import TrainingProgress
@@ -38,12 +38,13 @@ os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+OnLine = Callable[[dict[str, Any]], None]
 
 # Nothing but a recipe goes through Ray's object store; its default is 30 % of the machine's memory.
 _OBJECT_STORE_BYTES = 128 * 2**20
 
 
-def fit(recipe: Recipe, name: str, on_line: Callable[[dict[str, Any]], None] = lambda _: None) -> dict[str, Any]:
+def fit(recipe: Recipe, name: str, on_line: OnLine | None = None) -> dict[str, Any]:
     """Train a recipe under a name, or go on with the unfinished run of that name; returns the summary.
 
     A finished run is left as it is.
@@ -51,7 +52,7 @@ def fit(recipe: Recipe, name: str, on_line: Callable[[dict[str, Any]], None] = l
     Args:
         recipe: the resolved recipe.
         name: the run's folder under cluster.storage.
-        on_line: gets every line of metrics.jsonl as it comes, in a thread of its own.
+        on_line: gets every line of metrics.jsonl as it comes, in a thread of its own; default: a progress bar.
 
     Raises:
         UserError: something that the user gave can't work; nothing was started or written.
@@ -64,14 +65,17 @@ def fit(recipe: Recipe, name: str, on_line: Callable[[dict[str, Any]], None] = l
     uri = tracking_uri(recipe, run)
     run.open(recipe)
     mirror = Mirror(run, recipe, uri) if uri else None
-    followers = [Follower(run, on_line), *([mirror] if mirror else [])]
-    for follower in followers:
+    bar = TrainingProgress(f"{name} ({recipe.objective.name})", num_steps(recipe))
+    with nullcontext(on_line) if on_line else bar as show:
+        follower = Follower(run, show)
         follower.start()
-    try:
-        work = partial(train, with_absolute_paths(recipe), Run(run.storage.uri, name))
-        trained = run_workers(work, recipe.cluster, name)
-    finally:
-        followers[0].stop()
+        if mirror:
+            mirror.start()
+        try:
+            work = partial(train, with_absolute_paths(recipe), Run(run.storage.uri, name))
+            trained = run_workers(work, recipe.cluster, name)
+        finally:
+            follower.stop()
     if mirror:
         mirror.finish(trained)
     summary = {
@@ -88,13 +92,6 @@ def fit(recipe: Recipe, name: str, on_line: Callable[[dict[str, Any]], None] = l
     }
     run.finish(summary)
     return summary
-
-
-def train_with_progress(recipe: Recipe, name: str) -> dict[str, Any]:
-    """`fit` with a progress bar."""
-    check_recipe(recipe)
-    with TrainingProgress(f"{name} ({recipe.objective.name})", num_steps(recipe)) as progress:
-        return fit(recipe, name, progress.update)
 
 
 def run_workers(work: Callable[[Rank], T], cluster: ClusterConfig, name: str) -> T:
@@ -127,10 +124,13 @@ def run_workers(work: Callable[[Rank], T], cluster: ClusterConfig, name: str) ->
         ),
     )
     try:
-        return _in_thread(trainer.fit).return_value  # pyright: ignore[reportReturnType]
+        answer = _in_thread(trainer.fit).return_value
     except WorkerGroupError as error:
         rank, first = min(error.worker_failures.items())
         raise WorkersError(rank, first, str(error)) from None
+    if isinstance(answer, FloatingPointError):
+        raise answer
+    return answer  # pyright: ignore[reportReturnType]
 
 
 def _in_thread(work: Callable[[], T]) -> T:
@@ -188,17 +188,14 @@ def _name_the_cluster() -> None:
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
     """The recipe as workers need it: their working directory is their own."""
-
-    def absolute(path: str) -> str:
-        return path if "://" in path else str(Path(path).absolute())
-
-    data = recipe.data.model_copy(update={"train": absolute(recipe.data.train), "val": absolute(recipe.data.val)})
-    checkpoint = recipe.model.checkpoint and absolute(recipe.model.checkpoint)
+    paths = {"train": absolute_path(recipe.data.train), "val": absolute_path(recipe.data.val)}
+    data = recipe.data.model_copy(update=paths)
+    checkpoint = recipe.model.checkpoint and absolute_path(recipe.model.checkpoint)
     model = recipe.model.model_copy(update={"checkpoint": checkpoint})
     return recipe.model_copy(update={"data": data, "model": model})
 
 
-def _on_worker(work: Callable[[Rank], T], num_threads: int) -> T:
+def _on_worker(work: Callable[[Rank], T], num_threads: int) -> T | FloatingPointError:
     from ray.train import get_context
     from ray.train.torch import get_device
 
@@ -211,6 +208,8 @@ def _on_worker(work: Callable[[Rank], T], num_threads: int) -> T:
     rank = Rank(context.get_world_rank(), context.get_world_size(), device)
     try:
         return work(rank)
+    except FloatingPointError as error:
+        return error  # all ranks meet it alike, and would again: no failure to restart after
     except Exception as error:
         logging.getLogger("arat_dist").error("worker %d failed: %s: %s", rank.index, type(error).__name__, error)
         raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -14,7 +15,7 @@ console = Console(stderr=True)
 
 
 class TrainingProgress:
-    """Shows the lines of metrics.jsonl as they come.
+    """Shows the lines of metrics.jsonl as they come; as a context it gives what takes them.
 
     Args:
         title: what is being trained.
@@ -34,11 +35,11 @@ class TrainingProgress:
         )
         self._task = self._bar.add_task(title, total=num_steps, state="starting workers")
 
-    def __enter__(self) -> TrainingProgress:
+    def __enter__(self) -> Callable[[dict[str, Any]], None]:
         self._bar.start()
         if not console.is_terminal:
             console.print(f"{self._title}: starting workers", highlight=False)
-        return self
+        return self.update
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

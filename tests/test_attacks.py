@@ -163,6 +163,7 @@ def test_noise_is_a_function_of_seed_and_key_alone():
     assert strided.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(strided, noise)
     assert torch.equal(uniform_noise(keys, like.double(), 3), noise.double())
+    assert uniform_noise(torch.zeros(1, dtype=torch.int64), like[:1], 0).flatten()[0] > 0  # a counter begins at 0
     # Other keys (above 32 bits too) and other seeds: about no pixel in common.
     flat = noise.flatten(1)
     for i in range(6):

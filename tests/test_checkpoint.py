@@ -3,13 +3,20 @@
 import hashlib
 import json
 import logging
-import pickle
 from pathlib import Path
 
 import pytest
 import torch
 
-from arat_dist.checkpoint import MANIFEST, Checkpoint, checkpoint_names, load_checkpoint, load_newest, save_checkpoint
+from arat_dist.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    DamagedError,
+    checkpoint_names,
+    load_checkpoint,
+    load_newest,
+    save_checkpoint,
+)
 from arat_dist.storage import Storage
 
 FILES = ["ema.safetensors", MANIFEST, "model.safetensors", "optimizer.pt"]
@@ -171,8 +178,10 @@ def test_a_pickle_with_code_is_refused_and_not_run(folder, tmp_path):
     manifest = json.loads(target.read(MANIFEST))
     manifest["sha256"]["optimizer.pt"] = hashlib.sha256(content).hexdigest()
     target.write_json(MANIFEST, manifest)
-    with pytest.raises(pickle.UnpicklingError):
+    with pytest.raises(DamagedError, match=r"optimizer\.pt: holds more than tensors and plain values"):
         load_checkpoint(target)
+    save_checkpoint(folder, make(5), keep=2)
+    assert_is(load_newest(folder), 5)
     assert not marker.exists()
     torch.load(tmp_path / "evil.pt", weights_only=False)
     assert marker.exists()  # it would have run

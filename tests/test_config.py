@@ -13,17 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from arat_dist.config import (
-    ARATConfig,
-    ATConfig,
-    Recipe,
-    find_recipe,
-    iter_keys,
-    load_recipe,
-    parse_recipe,
-    shipped_recipes,
-)
+from arat_dist.config import ARATConfig, ATConfig, Recipe
 from arat_dist.errors import UserError
+from arat_dist.recipe import find_recipe, iter_keys, load_recipe, parse_recipe, shipped_recipes
 
 MINIMAL = {
     "data": {"train": "train.beton", "val": "val.beton", "num_classes": 10, "image_size": 32},
@@ -230,6 +222,9 @@ def test_an_unknown_section():
         ({"objective__taps": "layer4"}, "objective.taps: 'layer4': input should be 'auto' or input should be a list"),
         ({"objective__gamma": -1}, "objective.gamma: -1: "),
         ({"attack__eps": "3/0"}, "attack.eps: '3/0': "),
+        ({"attack__eps": "1/2/3"}, "attack.eps: '1/2/3': "),
+        ({"attack__eps": "inf/2"}, "attack.eps: inf: input should be a finite number"),
+        ({"attack__eps": "/"}, "attack.eps: '/': "),
         ({"attack__eps": 0}, "attack.eps: 0: input should be greater than 0"),
         ({"attack__eps": True}, "attack.eps: True: a number would be right"),
         ({"attack__eps": math.nan}, "attack.eps: nan: "),

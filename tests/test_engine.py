@@ -43,7 +43,7 @@ def run_steps(kind: str, rank: Rank) -> dict[str, Any]:
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.add_(1)
-    engine = build_engine(module, EngineConfig(), OPTIM, rank, channels_last=True)
+    engine = build_engine(module, EngineConfig(), OPTIM, rank)
     order = SampleOrder(BATCH * STEPS, BATCH, 1, 0)
     images, labels, _ = toy_batch(BATCH * STEPS)
     result: dict[str, Any] = {"gradients": [], "norms": [], "sizes": []}
@@ -64,7 +64,7 @@ def run_steps(kind: str, rank: Rank) -> dict[str, Any]:
 
 def run_statistics(rank: Rank) -> dict[str, Any]:
     """Two steps of a net with BatchNorm: statistics before and after they are averaged."""
-    engine = build_engine(BothBranches(toy_classifier()), EngineConfig(), OPTIM, rank, channels_last=False)
+    engine = build_engine(BothBranches(toy_classifier()), EngineConfig(), OPTIM, rank)
     images, labels, keys = toy_batch(BATCH)
     half = slice(0, 6) if rank.index == 0 else slice(6, 10)
     for _ in range(2):
@@ -157,7 +157,7 @@ def test_statistics_are_each_ranks_own_until_they_are_averaged(two):
 
 
 def test_gradient_norm_and_clipping_written_out():
-    engine = DDPEngine(objective("at"), OPTIM, Rank(0, 1, CPU), channels_last=False)
+    engine = DDPEngine(objective("at"), OPTIM, Rank(0, 1, CPU))
     images, labels, keys = toy_batch()
     engine.set_lr(0.1)
     engine.backward(engine(images, labels, keys).loss)
@@ -190,4 +190,4 @@ def test_one_rank_needs_no_process_group():
 
 def test_deepspeed_is_refused_in_one_line():
     with pytest.raises(UserError, match=r"^engine.kind: deepspeed:"):
-        build_engine(objective("at"), EngineConfig(kind="deepspeed"), OPTIM, Rank(0, 1, CPU), channels_last=False)
+        build_engine(objective("at"), EngineConfig(kind="deepspeed"), OPTIM, Rank(0, 1, CPU))

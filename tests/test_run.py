@@ -35,6 +35,16 @@ def test_a_run_comes_back_by_its_folder(run: Run):
         Run.at(f"{run.storage.uri}/two")
 
 
+def test_a_run_comes_back_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Run("runs", "one").open(toy_recipe(SETS))
+    for known in ("one", "one/", "runs/one", "./runs/one"):
+        assert Run.at(known).folder.uri == f"{tmp_path}/runs/one"
+    for unknown in ("two", "/one", "runs", ""):
+        with pytest.raises(UserError):
+            Run.at(unknown)
+
+
 @pytest.mark.parametrize(
     ("changed", "keys"),
     [

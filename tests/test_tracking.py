@@ -57,7 +57,10 @@ def test_every_line_arrives_once_also_across_a_restart(tmp_path):
     assert first is not None
     client = MlflowClient(uri)
     assert history(client, first, "loss") == [(2, 1 / 2), (4, 1 / 4), (6, 1 / 6)]
-    assert client.get_run(first).info.status == "RUNNING"
+    info = client.get_run(first).info
+    assert info.status == "RUNNING"
+    times = [metric.timestamp - info.start_time for metric in client.get_metric_history(first, "loss")]
+    assert times == [1000, 2000, 3000]
 
     # The run goes on from a checkpoint at step 4: its last line is computed again, at another time.
     run.forget_metrics_after(4)

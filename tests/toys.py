@@ -9,9 +9,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from arat_dist.config import Recipe, parse_recipe
+from arat_dist.config import Recipe
 from arat_dist.models.classifier import Classifier
 from arat_dist.models.split_norm import split_norms
+from arat_dist.recipe import parse_recipe
 
 
 class ToyNet(nn.Module):

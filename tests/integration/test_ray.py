@@ -15,11 +15,12 @@ import pytest
 from mlflow.tracking import MlflowClient
 from small import NoisePictures, marked_processes, tiny_overrides
 
-from arat_dist.config import ClusterConfig, Recipe, load_recipe, shipped_recipes
+from arat_dist.config import ClusterConfig, Recipe
 from arat_dist.data.beton import write_beton
 from arat_dist.engine import Rank
 from arat_dist.errors import UserError, WorkersError
 from arat_dist.preflight import check_recipe
+from arat_dist.recipe import load_recipe, shipped_recipes
 from arat_dist.run import Run
 from arat_dist.train import train
 from launcher.evaluate import evaluate_target
@@ -211,6 +212,24 @@ def test_a_dead_worker_is_replaced_and_the_run_goes_on(digits, tmp_path):
     assert second["step"] >= 4
     steps = [json.loads(line)["step"] for line in (tmp_path / "mourned/metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(2, 31, 2))
+
+
+def test_a_loss_that_is_no_number_ends_the_run_without_restarts(digits, tmp_path):
+    overrides = tiny_overrides(digits, tmp_path) | {
+        "cluster.workers": "2",
+        "cluster.max_failures": "2",
+        "optim.lr": "1e30",
+        "train.max_steps": "30",
+    }
+    with pytest.raises(FloatingPointError, match=r"^step \d+: (loss|gradient_norm) is (nan|inf)"):
+        fit(load_recipe("digits", list(overrides.items())), "diverged", ignore)
+    run = Run(str(tmp_path), "diverged")
+    assert run.num_attempts() == 1
+    assert run.summary() == {}
+
+
+def ignore(_: object) -> None:
+    """Take a line and do nothing."""
 
 
 def fail_on_the_second(rank: Rank) -> None:

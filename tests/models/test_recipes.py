@@ -2,8 +2,8 @@
 
 import pytest
 
-from arat_dist.config import load_recipe, shipped_recipes
 from arat_dist.models.classifier import build_classifier
+from arat_dist.recipe import load_recipe, shipped_recipes
 
 RECIPES = sorted(path.stem for path in shipped_recipes().glob("*.yaml"))
 
