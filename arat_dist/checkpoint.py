@@ -95,11 +95,13 @@ def load_checkpoint(folder: Storage, *, with_optimizer: bool = True) -> Checkpoi
     """Read one checkpoint, every file checked against the manifest (DamagedError)."""
     try:
         manifest = json.loads(folder.read(MANIFEST))
-        step, hashes = manifest["step"], manifest["sha256"]
-    except (OSError, ValueError, KeyError) as error:
+        step, hashes = int(manifest["step"]), dict(manifest["sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{folder.path(MANIFEST)}: {type(error).__name__}") from error
     if not folder.uri.endswith(f"/{_name(step)}"):
         raise DamagedError(f"{folder.path(MANIFEST)}: says step {step}")
+    if missing := {"model.safetensors", "optimizer.pt"} - hashes.keys():
+        raise DamagedError(f"{folder.path(MANIFEST)}: names no {' and no '.join(sorted(missing))}")
     weights: dict[str, dict[str, Tensor]] = {}
     optimizer: dict[str, Any] = {}
     for file, expected in hashes.items():

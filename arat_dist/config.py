@@ -295,6 +295,11 @@ class Recipe(Section):
         """Number of ranks that train: the workers, or this process alone."""
         return max(1, self.cluster.workers)
 
+    def without_start(self) -> Recipe:
+        """The recipe without the weights that the net starts from: they come from elsewhere."""
+        model = self.model.model_copy(update={"pretrained": False, "checkpoint": None})
+        return self.model_copy(update={"model": model})
+
     def sha256(self) -> str:
         """Hash of the resolved recipe, independent of its file's layout."""
         return hashlib.sha256(json.dumps(self.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()
@@ -331,6 +336,14 @@ def check_fields(recipe: Recipe, source: str) -> None:
         (
             optim.schedule == "step" and list(optim.milestones) != sorted(set(optim.milestones)),
             f"optim.milestones: {list(optim.milestones)}: ascending epochs",
+        ),
+        (
+            optim.schedule == "step" and any(epoch >= recipe.train.epochs for epoch in optim.milestones),
+            f"optim.milestones: {list(optim.milestones)}: below train.epochs ({recipe.train.epochs})",
+        ),
+        (
+            data.augment == "pad_crop" and data.padding > data.image_size // 2,
+            f"data.padding: {data.padding}: at most half of data.image_size ({data.image_size})",
         ),
         (
             (optim.schedule == "step") != bool(optim.milestones),

@@ -42,11 +42,6 @@ class Rank:
             dist.all_reduce(tensor)
         return tensor
 
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        if self.world_size > 1:
-            dist.barrier()
-
 
 class Engine(Protocol):
     """One objective in training, whatever keeps its copies equal."""

@@ -112,6 +112,7 @@ def count_correct(
 
     The net is in eval mode and in full precision, and its adv branch is the one measured.
     """
+    torch.backends.cudnn.allow_tf32 = False  # torch's default for convolutions on GPUs is TF32
     counts = torch.zeros(3, dtype=torch.int64, device=device)
     was_training = classifier.training
     classifier.eval()

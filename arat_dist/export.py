@@ -83,6 +83,10 @@ def export_timm(
 
     temporary = out_dir.with_name(f".{out_dir.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{out_dir}: {error.strerror}: a folder that can be written would be right") from error
     save_for_hf(backbone, str(temporary), model_config=top_level, safe_serialization=True, data_config=data_config)
     # safetensors keeps its files from everyone but their owner; an export is as readable as its folder.
     (temporary / "model.safetensors").chmod((temporary / "config.json").stat().st_mode)
@@ -146,7 +150,13 @@ def _is_export(folder: Path) -> bool:
 def _requirement(name: str) -> dict[str, str]:
     """What has to be imported before timm knows the architecture, if anything."""
     ours = model_entrypoint(name).__module__.startswith("arat_dist.")
-    return {"requires": "arat_dist"} if ours else {}
+    return {"requires": "arat_dist.models"} if ours else {}
+
+
+def loading_code(out_dir: str | Path) -> str:
+    """The Python that loads an export."""
+    requires = read_metadata(out_dir).get("requires")
+    return (f"import {requires}; " if requires else "") + f"timm.create_model('local-dir:{out_dir}', pretrained=True)"
 
 
 def _replace(target: Path, source: Path) -> None:

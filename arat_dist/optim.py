@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from timm.optim._param_groups import param_groups_weight_decay
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from arat_dist.config import OptimConfig
@@ -30,30 +31,40 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optim
 
 
 def build_ema(module: nn.Module, decay: float) -> AveragedModel:
-    """A copy of the module that follows it: an exponential moving average of weights and statistics."""
-    return AveragedModel(module, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+    """A copy of the module that follows it: an exponential moving average of weights and statistics.
+
+    The decay begins low, min(decay, (1 + n) / (10 + n)) after n updates, or a run that is short beside 1 / (1 - decay)
+    would end near the weights that it began with.
+    """
+
+    def update(averaged: Any, current: Any, num_averaged: Tensor | int) -> None:
+        n = int(num_averaged)  # lies on the CPU, wherever the weights are
+        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, num_averaged)
+
+    return AveragedModel(module, multi_avg_fn=update, use_buffers=True)
 
 
-def lr_at(step: int, config: OptimConfig, *, steps_per_epoch: float, epochs: int) -> float:
+def lr_at(step: int, config: OptimConfig, *, num_samples: int, batch_size: int, epochs: int) -> float:
     """Learning rate of a step.
 
     Args:
         step: 0-based step of the run.
         config: the recipe's section.
-        steps_per_epoch: samples of an epoch over the global batch size; need not be whole.
+        num_samples: samples of an epoch.
+        batch_size: the global batch size; epochs need not be whole numbers of batches.
         epochs: length of the run.
 
     The warm-up rises in a straight line and reaches `lr` at its last step. A milestone takes effect in the first step
     whose batch begins at or after that epoch's end.
     """
-    warmup_steps = math.ceil(config.warmup_epochs * steps_per_epoch)
+    warmup_steps = math.ceil(config.warmup_epochs * num_samples / batch_size)
     if step < warmup_steps:
         return config.lr * (step + 1) / warmup_steps
     if config.schedule == "constant":
         return config.lr
     if config.schedule == "step":
-        passed = sum(step >= milestone * steps_per_epoch for milestone in config.milestones)
+        passed = sum(step * batch_size >= milestone * num_samples for milestone in config.milestones)
         return config.lr * config.decay_factor**passed
-    total_steps = math.ceil(epochs * steps_per_epoch)
+    total_steps = -(-epochs * num_samples // batch_size)
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
     return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * progress)) / 2

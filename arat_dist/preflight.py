@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from arat_dist.config import Recipe
+from arat_dist.config import ClusterConfig, Recipe
 from arat_dist.data.manifest import check_data
 from arat_dist.engine import check_engine
 from arat_dist.errors import UserError
@@ -15,22 +15,35 @@ from arat_dist.train import sample_order
 def check_recipe(recipe: Recipe) -> None:
     """Check the data, the share of each rank, the machine, and that the net gives what the objective asks.
 
+    Weights that timm has to download are downloaded here, once, before workers ask for them.
+
     Raises:
         UserError: one line that names the key, its value and what would be right.
     """
     check_engine(recipe.engine)
     check_data(recipe.data)
     check_shares(recipe)
-    if recipe.cluster.gpus_per_worker and recipe.cluster.address is None and not torch.cuda.is_available():
-        raise UserError(
-            f"cluster.gpus_per_worker: {recipe.cluster.gpus_per_worker}: this machine has no GPU that torch can use; "
-            "0, or the cluster.address of one that has, would be right"
-        )
-    # The weights that timm would download are no part of what can be checked here.
-    model = recipe.model.model_copy(update={"pretrained": False})
+    check_gpus(recipe.cluster)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)  # the very weights that training starts from
-        build_objective(recipe.model_copy(update={"model": model}))
+        build_objective(recipe)
+
+
+def check_gpus(cluster: ClusterConfig) -> None:
+    """Refuse more GPUs than this machine has, for which Ray would wait; those of another cluster pass (UserError)."""
+    wanted = cluster.gpus_per_worker * max(1, cluster.workers)
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if cluster.address is not None or wanted <= found:
+        return
+    if not found:
+        raise UserError(
+            f"cluster.gpus_per_worker: {cluster.gpus_per_worker}: this machine has no GPU that torch can use; "
+            "0, or the cluster.address of one that has, would be right"
+        )
+    raise UserError(
+        f"cluster.workers: {cluster.workers}: with a GPU each, more than this machine has; at most {found}, or the "
+        "cluster.address of one that has more, would be right"
+    )
 
 
 def check_shares(recipe: Recipe) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -17,10 +20,16 @@ METRICS = "metrics.jsonl"
 RECIPE = "recipe.yaml"
 SUMMARY = "summary.json"
 ATTEMPTS = "attempts.jsonl"
+DATA = "data.json"
+LOCK = ".lock"
 
 # What may differ between two launches of one run: nothing here changes a weight.
 _FREE_SECTIONS = ("cluster", "track", "eval", "engine")
-_FREE_TRAIN_KEYS = ("log_every", "checkpoint_every", "keep_checkpoints", "max_steps")
+_FREE_KEYS = {
+    "train": ("log_every", "checkpoint_every", "keep_checkpoints", "max_steps"),
+    # Sets may move: what they hold is compared instead.
+    "data": ("train", "val", "loader_threads"),
+}
 
 
 class Run:
@@ -64,10 +73,47 @@ class Run:
                 f"{', '.join(differing)}); another name, or that recipe, would be right"
             )
 
-    def open(self, recipe: Recipe) -> None:
-        """Begin the run, or go on with it; UserError where it holds another result's recipe."""
+    def open(self, recipe: Recipe, train_sha256: str) -> None:
+        """Begin the run, or go on with it.
+
+        Args:
+            recipe: the resolved recipe.
+            train_sha256: of the training set.
+
+        Raises:
+            UserError: the run has another recipe or another training set, or its folder can't be written.
+        """
         self.check(recipe)
-        self.folder.write(RECIPE, recipe.to_yaml().encode())
+        try:
+            before = self.folder.read_json(DATA).get("train_sha256", train_sha256)
+            if before != train_sha256:
+                raise UserError(
+                    f"data.train: {recipe.data.train}: not the pictures that the run {self.name} began with; those, or "
+                    "another --name, would be right"
+                )
+            self.folder.write_json(DATA, {"train_sha256": train_sha256})
+            self.folder.write(RECIPE, recipe.to_yaml().encode())
+        except OSError as error:
+            raise UserError(f"cluster.storage: {self.storage.uri}: {error.strerror or error}") from error
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keep the run to this process inside the context, on a local disk; the lock goes with the process.
+
+        Raises:
+            UserError: another process has it.
+        """
+        if not self.storage.is_local:
+            yield
+            return
+        with Path(self.folder.path(LOCK)).open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"--name: {self.name}: another process trains this run; its end, or another name, would be right"
+                ) from None
+            yield
 
     def recipe(self) -> Recipe:
         """The resolved recipe that the run was started with."""
@@ -127,5 +173,5 @@ def _essence(recipe: Recipe) -> dict[str, Any]:
         f"{section}.{key}": value
         for section, keys in tree.items()
         for key, value in keys.items()
-        if section != "train" or key not in _FREE_TRAIN_KEYS
+        if key not in _FREE_KEYS.get(section, ())
     }

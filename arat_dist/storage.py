@@ -53,7 +53,7 @@ class Storage:
     def names(self) -> list[str]:
         """Names of the files and folders in it, sorted; empty where it doesn't exist."""
         self._fs.invalidate_cache(self._root)
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             return sorted(str(entry).rstrip("/").rpartition("/")[2] for entry in self._fs.ls(self._root, detail=False))
         return []
 
@@ -103,7 +103,7 @@ class Storage:
         """A JSON object; empty where the file isn't there."""
         try:
             return json.loads(self.read(name))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return {}
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:

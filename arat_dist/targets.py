@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,7 +10,7 @@ from typing import Literal
 import timm
 
 from arat_dist.checkpoint import load_newest
-from arat_dist.config import DataConfig, EvalConfig, ModelConfig, Recipe
+from arat_dist.config import ClusterConfig, DataConfig, EvalConfig, ModelConfig, Recipe
 from arat_dist.data.manifest import check_beton, load_manifest
 from arat_dist.errors import UserError
 from arat_dist.evaluate import eval_config
@@ -31,12 +32,14 @@ class Target:
 
     uri: what opens it from any working directory.
     classifier: in evaluation mode, on the CPU.
+    cluster: the run's own section; None for a net that no run made.
     data: val is the set to evaluate on.
     config: attack, norm and eps; the latter two None where nothing says them.
     """
 
     uri: str
     classifier: Classifier
+    cluster: ClusterConfig | None
     data: DataConfig
     config: EvalConfig
 
@@ -64,7 +67,7 @@ def open_target(target: str, *, weights: Weights | None = None, val: str | None 
     recipe = run.recipe()
     data = recipe.data.model_copy(update={"val": absolute_path(val or recipe.data.val)})
     check_classes(data.val, recipe.data.num_classes)
-    return Target(run.folder.uri, load_run(run, recipe, weights), data, eval_config(recipe))
+    return Target(run.folder.uri, load_run(run, recipe, weights), recipe.cluster, data, eval_config(recipe))
 
 
 def load_run(run: Run, recipe: Recipe, weights: Weights | None = None) -> Classifier:
@@ -72,9 +75,7 @@ def load_run(run: Run, recipe: Recipe, weights: Weights | None = None) -> Classi
     checkpoint = load_newest(run.checkpoints, with_optimizer=False)
     if checkpoint is None:
         raise UserError(f"{run.folder.uri}: has no whole checkpoint yet")
-    # Weights come from the checkpoint: what the net started from is not asked for again.
-    model = recipe.model.model_copy(update={"pretrained": False, "checkpoint": None})
-    classifier = build_objective(recipe.model_copy(update={"model": model})).classifier
+    classifier = build_objective(recipe.without_start()).classifier
     chosen = weights or ("ema" if "ema" in checkpoint.weights else "raw")
     if chosen == "ema":
         if "ema" not in checkpoint.weights:
@@ -101,13 +102,16 @@ def export_run(run: Run, out_dir: Path, weights: Weights | None = None) -> Expor
     classifier = load_run(run, recipe, weights)
     summary = run.summary()
     attack = eval_config(recipe)
+    # The summary's accuracies are those of one kind of weights.
+    measured = summary if weights in (None, summary.get("weights")) else {}
     metadata = {
         "run": run.name,
         "recipe_sha256": recipe.sha256(),
         "objective": recipe.objective.name,
+        "weights": weights or summary.get("weights"),
         "norm": attack.norm,
         "eps": attack.eps,
-        **{key: summary.get(key) for key in ("clean_accuracy", "robust_accuracy", "robust_attack")},
+        **{key: measured.get(key) for key in ("clean_accuracy", "robust_accuracy", "robust_attack")},
     }
     folder = export_timm(
         classifier.state_dict(),
@@ -117,9 +121,17 @@ def export_run(run: Run, out_dir: Path, weights: Weights | None = None) -> Expor
         out_dir,
         load_manifest(recipe.data.train).class_names if Path(recipe.data.train).exists() else None,
         metadata,
-        crop_pct=recipe.data.val_crop,
+        crop_pct=evaluated_crop(recipe.data),
     )
     return Exported(folder, verify_export(folder, classifier))
+
+
+def evaluated_crop(data: DataConfig) -> float:
+    """Side of the centre crop that validation pictures get: all of those that have the net's size already."""
+    with contextlib.suppress(UserError):
+        if load_manifest(data.val).all_are(data.image_size):
+            return 1.0
+    return data.val_crop
 
 
 def check_classes(val: str, num_classes: int) -> None:
@@ -140,7 +152,8 @@ def _open_timm(target: str, val: str) -> Target:
     known = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     backbone = create_backbone(
         ModelConfig(name=name, pretrained=not file),
-        num_classes=check_beton(val).num_classes,
+        # A head of another size would be a random one.
+        num_classes=known.num_classes if known and not file else check_beton(val).num_classes,
         image_size=known.input_size[-1] if known else 224,
     )
     if file:
@@ -159,7 +172,7 @@ def _bare_target(uri: str, classifier: Classifier, val: str, config: EvalConfig)
     data = DataConfig(
         train=val, val=val, num_classes=num_classes, image_size=cfg["input_size"][-1], val_crop=cfg["crop_pct"]
     )
-    return Target(uri, classifier, data, config)
+    return Target(uri, classifier, None, data, config)
 
 
 def _needed(val: str | None, target: str) -> str:

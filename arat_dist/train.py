@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from arat_dist.checkpoint import Checkpoint, load_newest, save_checkpoint
+from arat_dist.checkpoint import Checkpoint, checkpoint_names, load_newest, save_checkpoint
 from arat_dist.config import Recipe
 from arat_dist.data.loader import train_loader
-from arat_dist.data.manifest import load_manifest
+from arat_dist.data.manifest import Manifest, load_manifest
 from arat_dist.data.order import SampleOrder
 from arat_dist.engine import Engine, Rank, average_statistics, build_engine
 from arat_dist.evaluate import eval_config, evaluate
@@ -34,10 +34,14 @@ def train(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
     settings = recipe.train
     torch.manual_seed(settings.seed)
     order = sample_order(recipe)
-    stop = num_steps(recipe)
-    engine = build_engine(build_objective(recipe), recipe.engine, recipe.optim, rank)
-    ema = build_ema(engine.objective.classifier, settings.ema_decay) if settings.ema_decay else None
-    start = resume(run, engine, ema)
+    checkpoint = load_newest(run.checkpoints)
+    # A checkpoint holds all weights: what the net started from is not asked for again.
+    objective = build_objective(recipe if checkpoint is None else recipe.without_start())
+    engine = build_engine(objective, recipe.engine, recipe.optim, rank)
+    ema = build_ema(objective.classifier, settings.ema_decay) if settings.ema_decay else None
+    start = resume(checkpoint, engine, ema)
+    stop = max(start, num_steps(recipe))
+    check_agreement(start, load_manifest(recipe.data.train), rank)
     log = MetricsLog(run, rank, start)
     if rank.is_first:
         run.begin_attempt(step=start, num_steps=stop, world_size=rank.world_size)
@@ -59,7 +63,7 @@ def train(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
             saves = done == stop or (done % every == 0 if every else epoch_ends)
             # A line goes before each checkpoint: it refuses a loss that is no number, and a resumed run begins a line.
             if saves or done % settings.log_every == 0:
-                log.write(done, done * order.batch_size / order.num_samples, lr, engine.gradient_norm())
+                log.write(done, order.epochs_after(done), lr, engine.gradient_norm())
             engine.step()
             if ema is not None:
                 ema.update_parameters(engine.objective.classifier)
@@ -77,6 +81,7 @@ def train(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
         "world_size": rank.world_size,
         **scores.summary(),
         "weights": "raw" if ema is None else "ema",
+        "checkpoint": run.checkpoints.path(checkpoint_names(run.checkpoints)[-1]) if rank.is_first else None,
         **log.summary(),
     }
 
@@ -95,8 +100,13 @@ def num_steps(recipe: Recipe) -> int:
 
 def learning_rate(recipe: Recipe, order: SampleOrder, step: int) -> float:
     """The rate of one step of the run."""
-    steps_per_epoch = order.num_samples / order.batch_size
-    return lr_at(step, recipe.optim, steps_per_epoch=steps_per_epoch, epochs=recipe.train.epochs)
+    return lr_at(
+        step,
+        recipe.optim,
+        num_samples=order.num_samples,
+        batch_size=order.batch_size,
+        epochs=recipe.train.epochs,
+    )
 
 
 def seed_step(seed: int, step: int, rank: Rank) -> None:
@@ -104,9 +114,8 @@ def seed_step(seed: int, step: int, rank: Rank) -> None:
     torch.manual_seed(((seed << 31) + step) * 1_000_003 + rank.index & 0x7FFFFFFFFFFFFFFF)
 
 
-def resume(run: Run, engine: Engine, ema: AveragedModel | None) -> int:
-    """Take up the newest good checkpoint, if there is one; returns the steps done."""
-    checkpoint = load_newest(run.checkpoints)
+def resume(checkpoint: Checkpoint | None, engine: Engine, ema: AveragedModel | None) -> int:
+    """Take up a checkpoint, if there is one; returns the steps done."""
     if checkpoint is None:
         return 0
     engine.objective.load_state_dict(checkpoint.weights["model"])
@@ -116,6 +125,24 @@ def resume(run: Run, engine: Engine, ema: AveragedModel | None) -> int:
         ema.n_averaged.fill_(checkpoint.step)
     logger.info("going on after step %d", checkpoint.step)
     return checkpoint.step
+
+
+def check_agreement(start: int, manifest: Manifest, rank: Rank) -> None:
+    """Refuse ranks that would go on from different steps, or on different pictures; every rank calls it.
+
+    Raises:
+        RuntimeError: on all ranks, with what each of them has.
+    """
+    all_ranks = torch.zeros(rank.world_size, 2, dtype=torch.int64, device=rank.device)
+    all_ranks[rank.index] = torch.tensor([start, int(manifest.sha256[:15], 16)])
+    steps, sets = rank.all_reduce(all_ranks).unbind(1)
+    if (steps != steps[0]).any():
+        raise RuntimeError(
+            f"the workers found checkpoints of different steps ({steps.tolist()}); a cluster.storage that all machines "
+            "share would be right"
+        )
+    if (sets != sets[0]).any():
+        raise RuntimeError("the workers have different files under data.train; copies of one .beton would be right")
 
 
 def save(run: Run, engine: Engine, ema: AveragedModel | None, rank: Rank, step: int, *, keep: int) -> None:
@@ -188,12 +215,15 @@ class MetricsLog:
                 raise FloatingPointError(f"step {step}: {name} is {value}; a lower optim.lr would be a start")
 
     def summary(self) -> dict[str, Any]:
-        """Pictures per second of this launch, and the last value of each named part of the loss."""
+        """Pictures per second of this launch, and the last value of each named part of the loss.
+
+        The first rank's alone holds what came before this launch.
+        """
         # A launch that found all steps done measured nothing itself.
         elapsed = self._line_begin - self._begin
-        speed = self._num_images / elapsed if self._num_images else self._last["images_per_second"]
+        speed = self._num_images / elapsed if self._num_images else self._last.get("images_per_second")
         return {
-            "train_images_per_second": round(speed, 1),
+            "train_images_per_second": speed and round(speed, 1),
             "losses": {k.removeprefix("loss_"): v for k, v in self._last.items() if k.startswith("loss")},
         }
 

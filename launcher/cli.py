@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +71,7 @@ def _run(args: argparse.Namespace, extra: Sequence[str]) -> dict[str, Any] | Non
 
 def demo(args: argparse.Namespace) -> dict[str, Any]:
     """`arat demo`."""
+    from arat_dist.export import loading_code
     from launcher.demo import demo as run_demo
     from launcher.progress import results_table
 
@@ -81,7 +84,7 @@ def demo(args: argparse.Namespace) -> dict[str, Any]:
         args,
         results_table("Handwritten digits, trained for as long", [("ARAT", summary), ("standard", standard)]),
         f"took {summary['wall_s']:.0f} s; a plain timm checkpoint is in {summary['export']}\n"
-        f"  timm.create_model('local-dir:{summary['export']}', pretrained=True)",
+        f"  {loading_code(summary['export'])}",
     )
     return summary
 
@@ -160,13 +163,14 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 
 def export(args: argparse.Namespace) -> dict[str, Any]:
     """`arat export`."""
+    from arat_dist.export import loading_code
     from arat_dist.run import Run
     from arat_dist.targets import export_run
 
     exported = export_run(Run.at(args.target), args.out_dir, args.weights)
     _print_unless_json(
         args,
-        f"{exported.folder}: loads with timm.create_model('local-dir:{exported.folder}', pretrained=True); "
+        f"{exported.folder}: loads with {loading_code(exported.folder)}; "
         f"its logits differ by at most {exported.max_difference:.1e}",
     )
     return {"export": str(exported.folder), "max_difference": exported.max_difference}
@@ -190,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--labels", help="for a flat folder: a list of NAME LABEL lines, or LOC_val_solution.csv")
     verb.add_argument("--classes-from", metavar="TRAIN.beton", help="for a flat folder: the set whose classes it has")
     verb.add_argument("--max-side", type=_positive, default=500, help="shrink longer pictures to this side (500)")
-    verb.add_argument("--jpeg-quality", type=_positive, default=90, help="of pictures stored as JPEG (90)")
+    verb.add_argument("--jpeg-quality", type=_percent, default=90, help="of pictures stored as JPEG (90)")
     verb.add_argument("--processes", type=_positive, default=os.cpu_count() or 1, help="that encode (all cores)")
     verb = _verb(data, "check", data_check, "compare a .beton with its manifest, the SHA-256 included")
     verb.add_argument("file", metavar="FILE.beton", type=Path)
@@ -214,7 +218,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--norm", help="linf or l2 (default: the recipe's)")
     verb.add_argument("--eps", help="radius in pixel units, such as 8/255 (default: the recipe's)")
     verb.add_argument("--data", metavar="FILE.beton", help="what to evaluate on (default: the recipe's data.val)")
-    verb.add_argument("--workers", type=int, default=0, help="Ray workers that share the work; 0: this process (0)")
+    verb.add_argument("--workers", type=_count, default=0, help="Ray workers that share the work; 0: this process (0)")
     verb.add_argument("--limit", type=_positive, help="only so many pictures, evenly spaced")
     verb.add_argument("--batch-size", type=_positive, help=f"per worker ({EvalConfig().batch_size})")
 
@@ -255,11 +259,16 @@ def _shorthands(args: argparse.Namespace) -> list[tuple[str, Any]]:
     return [(key, value) for key, value in given.items() if value is not None]
 
 
-def _positive(text: str) -> int:
+def _in_range(text: str, least: int, most: float = math.inf) -> int:
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: at least 1")
+    if not least <= value <= most:
+        raise argparse.ArgumentTypeError(f"{text}: at least {least}" + (f", at most {most}" if most < math.inf else ""))
     return value
+
+
+_positive = partial(_in_range, least=1)
+_count = partial(_in_range, least=0)
+_percent = partial(_in_range, least=1, most=100)
 
 
 def _print_unless_json(args: argparse.Namespace, *parts: Any) -> None:

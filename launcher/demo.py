@@ -19,18 +19,19 @@ from launcher.fit import fit
 from launcher.progress import console
 
 NAME = "demo"
+CONTRAST = "demo-standard"
 
 
 def demo(overrides: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """Write the digits, train ARAT and plain training for as long, evaluate both, export ARAT's net; the summary."""
     began = time.perf_counter()
     recipe = load_recipe("digits", overrides)
-    contrast = load_recipe("digits", [*overrides, ("objective.name", "standard")])
+    shared = [(key, value) for key, value in overrides if not key.startswith("objective.")]
+    contrast = load_recipe("digits", [*shared, ("objective.name", "standard")])
     write_digits(recipe)
-    for name in (NAME, f"{NAME}-standard"):
-        forget_finished(recipe, name)
+    start_anew_unless_interrupted(recipe, contrast)
     robust = fit(recipe, NAME)
-    standard = fit(contrast, f"{NAME}-standard")
+    standard = fit(contrast, CONTRAST)
     run = Run(recipe.cluster.storage, NAME)
     exported = export_run(run, Path(run.folder.uri) / "export")
     summary = robust | {
@@ -54,8 +55,17 @@ def write_digits(recipe: Recipe) -> None:
             console.print(f"wrote {path}: {manifest.num_samples} pictures of {manifest.num_classes} classes")
 
 
-def forget_finished(recipe: Recipe, name: str) -> None:
-    """The demo starts anew when it has been to its end; an interrupted one goes on."""
-    run = Run(recipe.cluster.storage, name)
-    if run.folder.exists(SUMMARY):
-        run.storage.delete(name)
+def start_anew_unless_interrupted(recipe: Recipe, contrast: Recipe) -> None:
+    """Delete the demo's runs if the last one came to its end or had other settings; an interrupted one goes on."""
+    runs = {Run(recipe.cluster.storage, NAME): recipe, Run(recipe.cluster.storage, CONTRAST): contrast}
+    if all(run.folder.exists(SUMMARY) for run in runs) or not all(map(_is_of, runs, runs.values())):
+        for run in runs:
+            run.storage.delete(run.name)
+
+
+def _is_of(run: Run, recipe: Recipe) -> bool:
+    try:
+        run.check(recipe)
+    except UserError:
+        return False
+    return True

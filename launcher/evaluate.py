@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 import time
 from functools import partial
 from typing import Any
 
+import torch
 from pydantic import ValidationError
 
 from arat_dist.config import ClusterConfig, EvalConfig
 from arat_dist.engine import Rank
 from arat_dist.errors import UserError
 from arat_dist.evaluate import evaluate
+from arat_dist.preflight import check_gpus
 from arat_dist.targets import Target, Weights, open_target
 from launcher.fit import run_workers
 
@@ -40,8 +44,25 @@ def evaluate_target(
         work = partial(_open_and_evaluate, opened.uri, weights, opened.data.val, config)
     else:
         work = partial(_evaluate, opened, config)
-    scores = run_workers(work, ClusterConfig(workers=num_workers), "eval")
+    with tempfile.TemporaryDirectory() as scratch:
+        cluster = evaluation_cluster(opened.cluster or ClusterConfig(storage=scratch), num_workers)
+        check_gpus(cluster)
+        scores = run_workers(work, cluster, "eval")
     return scores | {"warnings": [], "wall_s": round(time.perf_counter() - began, 1)}
+
+
+def evaluation_cluster(cluster: ClusterConfig, num_workers: int) -> ClusterConfig:
+    """Where an evaluation runs: on what this machine has, or on workers like those of the run, in its cluster.
+
+    Args:
+        cluster: the run's own section.
+        num_workers: size of the worker group; 0 stays in this process.
+    """
+    changes: dict[str, Any] = {"workers": num_workers}
+    if cluster.address is None or not num_workers:
+        changes["gpus_per_worker"] = int(torch.cuda.is_available())
+        changes["cpus_per_worker"] = max(1, (os.cpu_count() or 1) // max(1, num_workers))
+    return cluster.model_copy(update=changes)
 
 
 def _changed(config: EvalConfig, changes: dict[str, Any]) -> EvalConfig:

@@ -18,6 +18,7 @@ import torch
 
 from arat_dist.checkpoint import checkpoint_names
 from arat_dist.config import ClusterConfig, Recipe
+from arat_dist.data.manifest import load_manifest
 from arat_dist.engine import Rank
 from arat_dist.errors import WorkersError
 from arat_dist.preflight import check_recipe
@@ -61,23 +62,12 @@ def fit(recipe: Recipe, name: str, on_line: OnLine | None = None) -> dict[str, A
     run = Run(recipe.cluster.storage, name)
     if summary := run.summary():
         return summary
-    check_recipe(recipe)
+    check_recipe(recipe.without_start() if checkpoint_names(run.checkpoints) else recipe)
     uri = tracking_uri(recipe, run)
-    run.open(recipe)
-    mirror = Mirror(run, recipe, uri) if uri else None
-    bar = TrainingProgress(f"{name} ({recipe.objective.name})", num_steps(recipe))
-    with nullcontext(on_line) if on_line else bar as show:
-        follower = Follower(run, show)
-        follower.start()
-        if mirror:
-            mirror.start()
-        try:
-            work = partial(train, with_absolute_paths(recipe), Run(run.storage.uri, name))
-            trained = run_workers(work, recipe.cluster, name)
-        finally:
-            follower.stop()
-    if mirror:
-        mirror.finish(trained)
+    run.open(recipe, load_manifest(recipe.data.train).sha256)
+    with run.locked():
+        mirror = Mirror(run, recipe, uri) if uri else None
+        trained = _train(recipe, run, mirror, on_line)
     summary = {
         "name": name,
         "recipe_sha256": recipe.sha256(),
@@ -87,11 +77,26 @@ def fit(recipe: Recipe, name: str, on_line: OnLine | None = None) -> dict[str, A
         "wall_s": round(time.perf_counter() - began, 1),
         "mlflow_tracking_uri": uri,
         "mlflow_run_id": mirror.run_id if mirror else None,
-        "checkpoint": run.checkpoints.path(checkpoint_names(run.checkpoints)[-1]),
         "restarts": run.num_attempts() - 1,
     }
     run.finish(summary)
     return summary
+
+
+def _train(recipe: Recipe, run: Run, mirror: Mirror | None, on_line: OnLine | None) -> dict[str, Any]:
+    """Train on the workers while their metrics are shown and mirrored; what `train` returns."""
+    trained: dict[str, Any] = {}
+    bar = TrainingProgress(f"{run.name} ({recipe.objective.name})", num_steps(recipe))
+    try:
+        with nullcontext(on_line) if on_line else bar as show, Follower(run, show):
+            if mirror:
+                mirror.start()
+            work = partial(train, with_absolute_paths(recipe), Run(run.storage.uri, run.name))
+            trained = run_workers(work, recipe.cluster, run.name)
+    finally:
+        if mirror:
+            mirror.finish(trained)
+    return trained
 
 
 def run_workers(work: Callable[[Rank], T], cluster: ClusterConfig, name: str) -> T:
@@ -161,6 +166,7 @@ def connect(cluster: ClusterConfig) -> None:
         ray.init(cluster.address, logging_level=logging.WARNING)
     else:
         ray.init(
+            "local",  # or Ray would join a cluster that RAY_ADDRESS or `ray start` made known
             num_cpus=max(os.cpu_count() or 1, cluster.workers * cluster.cpus_per_worker),
             # Without the dashboard, Ray Train can't see its own controller and leaks placement groups.
             include_dashboard=True,

@@ -111,6 +111,16 @@ def test_a_damaged_one_is_named_and_passed_over(folder, file, damage, caplog):
     assert f"step_00000020/{'' if (file, damage) == (MANIFEST, 'flip') else file}" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "manifest", ["[]", "null", "3", "{}", '{"step": "x", "sha256": {}}', '{"step": 20, "sha256": {}}', '{"step": 20}']
+)
+def test_a_manifest_of_another_shape_is_passed_over(folder, manifest):
+    save_checkpoint(folder, make(10), keep=3)
+    save_checkpoint(folder, make(20), keep=3)
+    (folder / "step_00000020").write(MANIFEST, manifest.encode())
+    assert_is(load_newest(folder), 10)
+
+
 def test_no_flipped_bit_of_the_manifest_gives_another_state(folder, caplog):
     caplog.set_level(logging.ERROR)
     save_checkpoint(folder, make(12), keep=1)

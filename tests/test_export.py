@@ -122,7 +122,7 @@ def test_config_says_how_to_feed_the_net_and_keeps_our_notes_at_the_top(tmp_path
 def test_our_own_nets_name_what_has_to_be_imported(tmp_path):
     classifier = trained(OURS, 32)
     out_dir = export(classifier, OURS, tmp_path / "out", 32)
-    assert json.loads((out_dir / "config.json").read_text())["arat_dist"]["requires"] == "arat_dist"
+    assert json.loads((out_dir / "config.json").read_text())["arat_dist"]["requires"] == "arat_dist.models"
     exported = load_exported(out_dir)
     pixels = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(exported(pixels), classifier.eval()(pixels))

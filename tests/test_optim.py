@@ -20,21 +20,21 @@ def config(**keys) -> OptimConfig:
 def test_milestones_take_effect_in_the_first_batch_that_begins_at_or_after_them():
     step = config(schedule="step", milestones=(75, 90))
 
-    def at(n: int, per_epoch: float) -> float:
-        return lr_at(n, step, steps_per_epoch=per_epoch, epochs=100)
+    def at(n: int, num_samples: int) -> float:
+        return lr_at(n, step, num_samples=num_samples, batch_size=128, epochs=100)
 
-    assert [at(n, 391) for n in (0, 75 * 391 - 1, 75 * 391, 90 * 391 - 1, 90 * 391, 39099)] == pytest.approx(
+    assert [at(n, 391 * 128) for n in (0, 75 * 391 - 1, 75 * 391, 90 * 391 - 1, 90 * 391, 39099)] == pytest.approx(
         [0.1, 0.1, 0.01, 0.01, 0.001, 0.001], rel=1e-12
     )
     # 50,000 / 128 = 390.625 steps an epoch: epoch 75 ends within step 29296, so 29297 is the first of the new rate.
-    assert [at(n, 390.625) for n in (29296, 29297, 35156, 35157)] == pytest.approx([0.1, 0.01, 0.01, 0.001], rel=1e-12)
+    assert [at(n, 50_000) for n in (29296, 29297, 35156, 35157)] == pytest.approx([0.1, 0.01, 0.01, 0.001], rel=1e-12)
 
 
 def test_warm_up_reaches_the_rate_at_its_last_step_and_is_absent_unless_asked_for():
     for schedule in ({"schedule": "constant"}, {"schedule": "step", "milestones": (9,)}, {"schedule": "cosine"}):
-        assert lr_at(0, config(**schedule), steps_per_epoch=10, epochs=10) == 0.1
+        assert lr_at(0, config(**schedule), num_samples=100, batch_size=10, epochs=10) == 0.1
     warm = config(schedule="constant", warmup_epochs=1.25)  # 12.5 steps: 13 of them
-    rates = [lr_at(n, warm, steps_per_epoch=10, epochs=10) for n in range(15)]
+    rates = [lr_at(n, warm, num_samples=100, batch_size=10, epochs=10) for n in range(15)]
     assert rates == pytest.approx([0.1 * (n + 1) / 13 for n in range(13)] + [0.1, 0.1])
     assert rates[12] == rates[13] == 0.1
 
@@ -43,7 +43,7 @@ def test_warm_up_reaches_the_rate_at_its_last_step_and_is_absent_unless_asked_fo
 def test_cosine_goes_from_the_rate_to_the_last_step_above_the_minimum(per_epoch):
     cosine = config(schedule="cosine", warmup_epochs=1, min_lr=0.01)
     warmup, total = math.ceil(per_epoch), math.ceil(5 * per_epoch)
-    rates = [lr_at(n, cosine, steps_per_epoch=per_epoch, epochs=5) for n in range(total + 3)]
+    rates = [lr_at(n, cosine, num_samples=round(10 * per_epoch), batch_size=10, epochs=5) for n in range(total + 3)]
     assert rates[warmup - 1] == rates[warmup] == pytest.approx(0.1)
     for n in range(warmup, total):
         angle = math.pi * (n - warmup) / (total - warmup)
@@ -53,10 +53,17 @@ def test_cosine_goes_from_the_rate_to_the_last_step_above_the_minimum(per_epoch)
     assert sorted(rates[warmup:], reverse=True) == rates[warmup:]
 
 
+def test_a_milestone_counts_from_the_first_batch_that_begins_at_or_after_it():
+    """Exactly: with 10.8 steps an epoch, that of epoch 90 begins at sample 9720 of 90 * 108."""
+    steps = config(schedule="step", milestones=(90,))
+    rates = [lr_at(n, steps, num_samples=108, batch_size=10, epochs=100) for n in (971, 972)]
+    assert rates == [0.1, pytest.approx(0.01)]
+
+
 def test_the_rate_is_a_pure_function_of_the_step():
     cosine = config(schedule="cosine", warmup_epochs=1)
-    forward = [lr_at(n, cosine, steps_per_epoch=7, epochs=4) for n in range(28)]
-    backward = [lr_at(n, cosine, steps_per_epoch=7, epochs=4) for n in reversed(range(28))]
+    forward = [lr_at(n, cosine, num_samples=70, batch_size=10, epochs=4) for n in range(28)]
+    backward = [lr_at(n, cosine, num_samples=70, batch_size=10, epochs=4) for n in reversed(range(28))]
     assert forward == backward[::-1]
 
 
@@ -104,7 +111,7 @@ def test_the_optimizer_is_the_one_that_the_recipe_names():
 
 def test_ema_equals_the_formula_written_out_statistics_included():
     classifier = toy_classifier()
-    ema = build_ema(classifier, 0.9)
+    ema = build_ema(classifier, 0.25)
     optimizer = torch.optim.SGD(classifier.parameters(), lr=0.1)
     expected: dict[str, torch.Tensor] = {}
     for step in range(4):
@@ -117,8 +124,9 @@ def test_ema_equals_the_formula_written_out_statistics_included():
         ema.update_parameters(classifier)
         for name, value in classifier.state_dict().items():
             if value.is_floating_point():
-                # The first update takes the weights as they are.
-                expected[name] = 0.9 * expected[name] + 0.1 * value if step else value.clone()
+                # The first update takes the weights as they are, the next ones mix more than they will in the end.
+                decay = min(0.25, (1 + step) / (10 + step))
+                expected[name] = decay * expected[name] + (1 - decay) * value if step else value.clone()
     averaged = ema.module.state_dict()
     assert any("clean.running_var" in name for name in expected)
     for name, value in expected.items():

@@ -20,7 +20,7 @@ def run(request: pytest.FixtureRequest, tmp_path) -> Run:
 def test_a_run_comes_back_by_its_folder(run: Run):
     recipe = toy_recipe(SETS, attack={"eps": "4/255", "step_size": "1/255"})
     assert not run.folder.exists("recipe.yaml")
-    run.open(recipe)
+    run.open(recipe, "a" * 64)
     again = Run.at(run.folder.uri)
     assert again.name == "one"
     assert again.recipe() == recipe
@@ -35,9 +35,37 @@ def test_a_run_comes_back_by_its_folder(run: Run):
         Run.at(f"{run.storage.uri}/two")
 
 
+def test_other_pictures_are_refused_wherever_they_lie(run: Run):
+    run.open(toy_recipe(SETS), "a" * 64)
+    run.open(toy_recipe(Sets("/moved/train.beton", "/moved/val.beton")), "a" * 64)
+    with pytest.raises(UserError, match=r"^data\.train: .*not the pictures that the run one began with"):
+        run.open(toy_recipe(SETS), "b" * 64)
+
+
+def test_one_process_at_a_time_trains_a_run(tmp_path):
+    first, second = Run(str(tmp_path), "one"), Run(str(tmp_path), "one")
+    first.open(toy_recipe(SETS), "a" * 64)
+    with (
+        first.locked(),
+        pytest.raises(UserError, match=r"^--name: one: another process trains this run"),
+        second.locked(),
+    ):
+        pass
+    with second.locked():
+        pass
+
+
+def test_a_storage_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    run = Run(str(tmp_path / "file"), "one")
+    assert run.summary() == {}
+    with pytest.raises(UserError, match=r"^cluster\.storage: .*file: Not a directory$"):
+        run.open(toy_recipe(SETS), "a" * 64)
+
+
 def test_a_run_comes_back_by_its_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    Run("runs", "one").open(toy_recipe(SETS))
+    Run("runs", "one").open(toy_recipe(SETS), "a" * 64)
     for known in ("one", "one/", "runs/one", "./runs/one"):
         assert Run.at(known).folder.uri == f"{tmp_path}/runs/one"
     for unknown in ("two", "/one", "runs", ""):
@@ -60,10 +88,10 @@ def test_a_run_comes_back_by_its_name(tmp_path, monkeypatch):
     ids=str,
 )
 def test_another_recipe_is_refused_by_its_keys(run: Run, changed: dict[str, Any], keys):
-    run.open(toy_recipe(SETS))
+    run.open(toy_recipe(SETS), "a" * 64)
     before = run.folder.read("recipe.yaml")
     with pytest.raises(UserError) as caught:
-        run.open(toy_recipe(SETS, **changed))
+        run.open(toy_recipe(SETS, **changed), "a" * 64)
     message = str(caught.value)
     assert f"differs in {', '.join(keys)})" in message
     assert "\n" not in message
@@ -81,9 +109,9 @@ def test_another_recipe_is_refused_by_its_keys(run: Run, changed: dict[str, Any]
     ids=str,
 )
 def test_what_changes_no_weight_may_change(run: Run, changed):
-    run.open(toy_recipe(SETS))
+    run.open(toy_recipe(SETS), "a" * 64)
     other = toy_recipe(SETS, **changed)
-    run.open(other)
+    run.open(other, "a" * 64)
     assert run.recipe() == other
 
 

@@ -24,7 +24,7 @@ def line(step: int) -> dict[str, Any]:
 def open_run(folder: Path, **sections: Any) -> tuple[Run, Any]:
     recipe = toy_recipe(SETS, **{"track": {"mlflow": True, "experiment": "tests"}, **sections})
     run = Run(str(folder), "one")
-    run.open(recipe)
+    run.open(recipe, "a" * 64)
     return run, recipe
 
 
@@ -105,6 +105,59 @@ def test_a_server_that_is_not_there_stops_nothing(tmp_path, monkeypatch, caplog)
     assert "metrics.jsonl has every line" in caplog.text
     assert all("\n" not in record.getMessage() for record in caplog.records)
     assert run.metrics() == [line(2)]
+
+
+def test_a_call_that_fails_midway_is_made_again(tmp_path, monkeypatch, caplog):
+    from mlflow.tracking import MlflowClient
+
+    run, recipe = open_run(tmp_path)
+    uri = tracking_uri(recipe, run)
+    assert uri is not None
+    works, failures = MlflowClient.log_batch, [2, 1]
+
+    def fails_at_first(self: Any, run_id: str, metrics: Any = (), **keys: Any) -> Any:
+        if metrics[0].step == 4 and failures:
+            failures.pop()
+            raise OSError("database is locked")
+        return works(self, run_id, metrics=metrics, **keys)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", fails_at_first)
+    mirror = Mirror(run, recipe, uri)
+    mirror.start()
+    for step in (2, 4, 6):
+        run.log(line(step))
+    mirror.finish({"clean_accuracy": 0.5, "steps": 6})
+    assert not failures
+    assert mirror.run_id is not None
+    client = MlflowClient(uri)
+    assert history(client, mirror.run_id, "loss") == [(2, 1 / 2), (4, 1 / 4), (6, 1 / 6)]
+    assert client.get_run(mirror.run_id).info.status == "FINISHED"
+    assert caplog.text.count("database is locked") == 1
+
+
+def test_a_failed_or_incomplete_run_is_not_called_finished(tmp_path, monkeypatch):
+    from mlflow.tracking import MlflowClient
+
+    run, recipe = open_run(tmp_path)
+    uri = tracking_uri(recipe, run)
+    assert uri is not None
+    mirror = Mirror(run, recipe, uri)
+    mirror.start()
+    run.log(line(2))
+    mirror.finish(None)
+    assert mirror.run_id is not None
+    client = MlflowClient(uri)
+    assert client.get_run(mirror.run_id).info.status == "FAILED"
+    assert history(client, mirror.run_id, "loss") == [(2, 1 / 2)]
+
+    # Taken up again, it runs; and if a line never gets across, it isn't closed.
+    monkeypatch.setattr(MlflowClient, "log_batch", lambda *_, **__: 1 / 0)
+    again = Mirror(run, recipe, uri)
+    again.start()
+    run.log(line(4))
+    again.finish({"clean_accuracy": 0.5, "steps": 4})
+    assert client.get_run(mirror.run_id).info.status == "RUNNING"
+    assert history(client, mirror.run_id, "val_clean_accuracy") == []
 
 
 def test_a_server_that_never_answers_holds_the_end_up_for_no_longer_than_asked(tmp_path, monkeypatch):

@@ -10,11 +10,12 @@ from toys import Sets, toy_batch, toy_recipe
 
 from arat_dist.checkpoint import Checkpoint, checkpoint_names, load_checkpoint, load_newest
 from arat_dist.config import Recipe
+from arat_dist.data.manifest import load_manifest
 from arat_dist.engine import DDPEngine, Rank, build_engine
 from arat_dist.objectives import build_objective
 from arat_dist.optim import lr_at
 from arat_dist.run import Run
-from arat_dist.train import num_steps, sample_order, save, train
+from arat_dist.train import MetricsLog, check_agreement, num_steps, sample_order, save, train
 
 RANK = Rank(0, 1, torch.device("cpu"))
 VARIABLE = ("time_s", "images_per_second", "memory_mb")
@@ -23,7 +24,7 @@ NUM_STEPS = 17  # 3 epochs of 44 pictures in batches of 8: 16 whole ones and one
 
 def start(recipe: Recipe, folder: Any, name: str = "run") -> tuple[Run, dict[str, Any]]:
     run = Run(str(folder), name)
-    run.open(recipe)
+    run.open(recipe, "a" * 64)
     return run, train(recipe, run, RANK)
 
 
@@ -106,8 +107,9 @@ def test_a_run_that_crashed_and_went_on_equals_one_that_did_not(sets: Sets, tmp_
     assert comparable(cut.metrics()) == comparable(whole.metrics())
     times = [line["time_s"] for line in cut.metrics()]
     assert times == sorted(times)
-    for summary in (cut_summary, whole_summary):
+    for summary, folder in ((cut_summary, cut.checkpoints), (whole_summary, whole.checkpoints)):
         summary.pop("train_images_per_second")
+        assert summary.pop("checkpoint") == f"{folder.uri}/step_00000017"
     assert cut_summary == whole_summary
     if "ema" in case:
         assert cut_summary["weights"] == "ema"
@@ -137,6 +139,39 @@ def test_going_on_with_a_finished_run_only_evaluates(sets: Sets, tmp_path):
     assert second == first
 
 
+class Second(Rank):
+    """The second of two ranks; sums are what it gave plus what the first one would."""
+
+    def __init__(self, first: list[int]):
+        super().__init__(1, 2, torch.device("cpu"))
+        object.__setattr__(self, "first", first)
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        tensor[0] += torch.tensor(self.first)  # pyright: ignore[reportAttributeAccessIssue]
+        return tensor
+
+
+def test_ranks_that_disagree_say_so(sets: Sets):
+    manifest = load_manifest(sets.train)
+    number = int(manifest.sha256[:15], 16)
+    check_agreement(8, manifest, Second([8, number]))
+    with pytest.raises(RuntimeError, match=r"checkpoints of different steps \(\[4, 8\]\)"):
+        check_agreement(8, manifest, Second([4, number]))
+    with pytest.raises(RuntimeError, match=r"different files under data\.train"):
+        check_agreement(8, manifest, Second([8, number + 1]))
+
+
+def test_a_later_rank_with_nothing_left_to_do_has_a_summary(tmp_path):
+    log = MetricsLog(Run(str(tmp_path), "none"), Rank(1, 2, torch.device("cpu")), 8)
+    assert log.summary() == {"train_images_per_second": None, "losses": {}}
+
+
+def test_fewer_steps_than_done_are_those_done(sets: Sets, tmp_path):
+    start(toy_recipe(sets, train={"max_steps": 3}), tmp_path)
+    _, summary = start(toy_recipe(sets, train={"max_steps": 2}), tmp_path)
+    assert (summary["steps"], summary["samples_seen"]) == (3, 24)
+
+
 def test_max_steps_stops_early_on_the_schedule_of_the_whole_run(sets: Sets, tmp_path):
     recipe = toy_recipe(sets, train={"max_steps": 7, "log_every": 1}, optim={"warmup_epochs": 1})
     assert num_steps(recipe) == 7
@@ -144,7 +179,7 @@ def test_max_steps_stops_early_on_the_schedule_of_the_whole_run(sets: Sets, tmp_
     run, summary = start(recipe, tmp_path)
     assert [line["step"] for line in run.metrics()] == list(range(1, 8))
     assert newest(run).step == 7
-    rates = [lr_at(n, recipe.optim, steps_per_epoch=44 / 8, epochs=3) for n in range(7)]
+    rates = [lr_at(n, recipe.optim, num_samples=44, batch_size=8, epochs=3) for n in range(7)]
     assert [line["lr"] for line in run.metrics()] == rates
     assert rates[0] < 0.2 * recipe.optim.lr < rates[5]
     assert rates[6] > 0.9 * recipe.optim.lr
@@ -167,6 +202,7 @@ def test_summary_and_files_of_a_run(sets: Sets, tmp_path):
         "attack_steps",
         "num_samples",
         "weights",
+        "checkpoint",
         "train_images_per_second",
         "losses",
     }

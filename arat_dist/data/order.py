@@ -74,6 +74,10 @@ class SampleOrder:
         """Epoch, counted from 0, of the first key of the batch at `step`."""
         return self._bounds(step)[0] // self.num_samples
 
+    def epochs_after(self, num_steps: int) -> float:
+        """Epochs done after so many steps, in parts of one."""
+        return min(num_steps * self.batch_size / self.num_samples, float(self.epochs))
+
     def batch(self, step: int) -> Keys:
         """Keys int64 [B] of the global batch at `step` (IndexError outside the run)."""
         return self._slice(*self._bounds(step))

@@ -106,6 +106,9 @@ def finished(digits, tmp_path_factory) -> Path:
         ({"model.checkpoint": "nowhere.pth"}, ["model.checkpoint: nowhere.pth: no such file"]),
         ({"cluster.gpus_per_worker": "1"}, ["cluster.gpus_per_worker: 1", "no GPU"]),
         ({"cluster.storage": "nosuchscheme://x"}, ["cluster.storage", "nosuchscheme"]),
+        ({"cluster.storage": __file__}, ["cluster.storage", "Not a directory"]),
+        ({"data.padding": "17"}, ["data.padding: 17: at most half of data.image_size (32)"]),
+        ({"optim.schedule": "step", "optim.milestones": "[9999]"}, ["optim.milestones: [9999", "below train.epochs"]),
     ],
     ids=lambda value: next(iter(value.items()))[0] if isinstance(value, dict) else "",
 )
@@ -131,11 +134,13 @@ def test_a_bad_recipe_is_refused_by_one_line(overrides, parts, tiny, capsys, mon
         (["data", "write", "dir:x", "x.beton"], ["dir:x: not a SOURCE", "folder:PATH"]),
         (["data", "write", "digits:train", "x.ffcv"], ["x.ffcv", "ends in .beton"]),
         (["data", "write", "folder:nowhere", "x.beton"], ["nowhere: no such folder"]),
+        (["train", "odd.yaml"], ["odd.yaml: not a YAML file", "a key is a word"]),
     ],
     ids=" ".join,
 )
 def test_a_bad_argument_is_refused_by_one_line(arguments, parts, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    Path("odd.yaml").write_text("? [a, b]\n: 1\n")
     line = refusal(capsys, arguments)
     for part in parts:
         assert part in line
@@ -155,6 +160,8 @@ def test_a_name_that_is_no_folder_name_is_refused(name, tiny, capsys):
         ["data", "shred", "x.beton"],
         ["eval", "x", "--weights", "best"],
         ["eval", "x", "--limit", "0"],
+        ["eval", "x", "--workers", "-1"],
+        ["data", "write", "digits:val", "x.beton", "--jpeg-quality", "101"],
         ["train", "digits", "--workers", "two"],
         ["export", "x", "y", "--format", "tflite"],
     ],
@@ -220,6 +227,7 @@ def test_bad_evaluations_are_refused(finished, digits, tmp_path, monkeypatch, ca
         (["eval", str(tmp_path), "--data", f"{digits}/val.beton"], "a run ("),
         (["export", run, str(tmp_path)], "is no earlier export"),
         (["export", run, "out", "--weights", "ema"], "--weights: ema"),
+        (["export", run, f"{digits}/val.beton/out"], "Not a directory"),
     ]:
         assert part in refusal(capsys, arguments), arguments
 
@@ -359,7 +367,7 @@ def test_what_libraries_print_does_not_reach_stdout(finished, capsys, monkeypatc
 
 def test_the_demo_compares_with_plain_training_and_exports(tiny, capsys):
     del tiny["data.train"], tiny["data.val"]
-    assert main(["demo", "--json", *as_options(tiny)]) == 0
+    assert main(["demo", "--json", "--objective.gamma", "3", *as_options(tiny)]) == 0
     summary = json.loads(capsys.readouterr().out)
     assert set(summary) >= SUMMARY_KEYS | {"export", "standard_robust_accuracy"}
     assert (Path(summary["export"]) / "config.json").is_file()

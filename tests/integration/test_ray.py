@@ -32,8 +32,10 @@ TWO = ClusterConfig(workers=2)
 
 @pytest.fixture(scope="module", autouse=True)
 def _ray() -> Iterator[None]:
-    """One Ray for all tests of the file."""
-    connect(TWO)
+    """One Ray for all tests of the file: its own, whatever the environment says of another."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+        connect(TWO)
     yield
     disconnect()
 
