@@ -1,126 +1,255 @@
-"""Projected gradient descent out of three pieces: a start, a step up the loss, a projection back into the ball.
+"""Attacks on a batch: from a random start uphill on each sample's loss, without leaving a ball.
 
-Everything here is pure tensor maths on pixels in [0,1], [B,3,H,W]; it knows no net, no config and no rank. The random
-start is counter-based: a function of (seed, key) alone, so that a sample is attacked alike at any world size.
+Everything here is pure tensor maths on pixels in [0,1], [B,3,H,W]; it knows no net, no config and no rank, and the host
+never waits for the device. Random numbers are counter-based: a function of (seed, key) alone, so that a sample is
+attacked alike at any world size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from arat_dist.balls import BALLS, Ball, L1Ball, LinfBall, normal
+
+Loss = Callable[[Tensor], Tensor]
+"""From pictures [B,3,H,W] to the loss of each, [B], that the attack climbs."""
+
+Norm = Literal["linf", "l2", "l1"]
+Start = Literal["uniform", "gaussian", "none"]
+
+GAUSSIAN_START = 0.001
+"""Standard deviation of the start of TRADES, MART and LBGAT, in pixel units."""
+
 _MASK = 0xFFFFFFFF
+_PER_SAMPLE = (-1, 1, 1, 1)
 
 
-class Ball(Protocol):
-    """All the pictures that an attack may reach from one batch."""
+class Attack(Protocol):
+    """What makes adversarial pictures."""
 
-    def start(self, uniform: Tensor) -> Tensor:
-        """A random point of the ball out of uniform numbers in [0,1) of the batch's shape."""
+    def __call__(self, loss: Loss, pixels: Tensor, keys: Tensor) -> Tensor:
+        """Attack a batch.
+
+        Args:
+            loss: see `Loss`. A targeted attack climbs minus the cross-entropy towards `random_target`.
+            pixels: clean pictures in [0,1], [B,3,H,W], left bit-identical.
+            keys: int64 [B], the name of each sample's visit.
+
+        Returns:
+            Adversarial pictures like `pixels`, detached, inside [0,1] and, unless the attack says otherwise, the ball.
+        """
         ...
-
-    def ascend(self, adversarial: Tensor, gradient: Tensor, step_size: float) -> Tensor:
-        """One step of length `step_size` along the gradient's direction, projected back."""
-        ...
-
-
-class LinfBall:
-    """Pictures with max |x' - x| <= eps and pixels in [0,1]; the start is uniform in the cube."""
-
-    def __init__(self, pixels: Tensor, eps: float):
-        self._pixels, self._eps = pixels, eps
-        self._low, self._high = _linf_bounds(pixels, eps)
-
-    def start(self, uniform: Tensor) -> Tensor:
-        """See `Ball`: each pixel anywhere in its interval."""
-        return self._project(self._pixels + uniform.mul(2).sub_(1).mul_(self._eps))
-
-    def ascend(self, adversarial: Tensor, gradient: Tensor, step_size: float) -> Tensor:
-        """See `Ball`: every pixel moves by step_size, along the gradient's sign."""
-        return self._project(adversarial + gradient.sign().mul_(step_size))
-
-    def _project(self, moved: Tensor) -> Tensor:
-        return moved.clamp_(self._low, self._high)
-
-
-class L2Ball:
-    """Pictures with |x' - x|_2 <= eps per sample and pixels in [0,1]; the start is uniform in the ball."""
-
-    def __init__(self, pixels: Tensor, eps: float):
-        # One part in a million inside, so that rounding in the norm can't lead out.
-        self._pixels, self._eps = pixels, eps * (1 - 1e-6)
-
-    def start(self, uniform: Tensor) -> Tensor:
-        """See `Ball`: a Gaussian direction and a radius whose density grows like the sphere's surface."""
-        # The first number of each sample draws the radius, all of them the direction.
-        radius = self._eps * uniform.flatten(1)[:, 0].pow(1 / uniform[0].numel())
-        direction = _unit(torch.erfinv(uniform.mul(2).sub_(1).clamp_(-0.9999999, 0.9999999)))
-        return self._project(self._pixels + direction * radius.view(-1, 1, 1, 1))
-
-    def ascend(self, adversarial: Tensor, gradient: Tensor, step_size: float) -> Tensor:
-        """See `Ball`: each sample moves by step_size in the 2-norm, along its gradient."""
-        return self._project(adversarial + _unit(gradient).mul_(step_size))
-
-    def _project(self, moved: Tensor) -> Tensor:
-        # Clipping to [0,1] after shrinking only brings x' nearer to x, whose pixels lie in [0,1] too.
-        delta = moved - self._pixels
-        shrink = (self._eps / _l2(delta).clamp_min(1e-12)).clamp_max(1)
-        return (self._pixels + delta * shrink).clamp_(0, 1)
-
-
-BALLS: dict[str, Callable[[Tensor, float], Ball]] = {"linf": LinfBall, "l2": L2Ball}
 
 
 @dataclass(frozen=True)
 class PGD:
     """Projected gradient descent (Madry 2018): `steps` steps of `step_size` up the loss from a start in the ball.
 
+    One step of 1.25 eps from a uniform start is FGSM with random start (Wong 2020, arXiv 2001.03994).
+
     Attributes:
-        norm: "linf" or "l2".
+        norm: "linf", "l2" or "l1".
         eps: radius of the ball, in pixel units.
-        step_size: length of a step, in pixel units.
-        steps: number of steps.
-        random_start: start from a uniform point of the ball instead of its centre.
+        step_size: length of a step, in pixel units and in the ball's norm.
+        steps: number of steps, each a gradient.
+        start: a uniform point of the ball, the centre with Gaussian noise of 0.001 (projected), or the centre: "none".
         seed: with a sample's key it fixes the random start.
     """
 
-    norm: str
+    norm: Norm
     eps: float
     step_size: float
     steps: int
-    random_start: bool = True
+    start: Start = "uniform"
     seed: int = 0
 
-    def __call__(self, loss: Callable[[Tensor], Tensor], pixels: Tensor, keys: Tensor) -> Tensor:
-        """Attack a batch.
-
-        Args:
-            loss: from pictures [B,3,H,W] to the 0-d loss to climb, summed over the samples so that each one's gradient
-                is independent of the batch.
-            pixels: clean pictures in [0,1], [B,3,H,W], left bit-identical.
-            keys: int64 [B], the name of each sample's visit.
-
-        Returns:
-            Adversarial pictures like `pixels`, detached: inside the ball and inside [0,1].
-        """
+    def __call__(self, loss: Loss, pixels: Tensor, keys: Tensor) -> Tensor:
+        """See `Attack`."""
         pixels = pixels.detach()
         ball = BALLS[self.norm](pixels, self.eps)
-        adversarial = ball.start(uniform_noise(keys, pixels, self.seed)) if self.random_start else pixels.clone()
+        adversarial = STARTS[self.start](ball, pixels, keys, self.seed)
         for _ in range(self.steps):
             adversarial = ball.ascend(adversarial, input_gradient(loss, adversarial), self.step_size)
         return adversarial
 
 
-def input_gradient(loss: Callable[[Tensor], Tensor], pixels: Tensor) -> Tensor:
-    """Gradient of a 0-d loss with respect to the pictures alone: no weight's gradient is computed or stored."""
+@dataclass(frozen=True)
+class NFGSM:
+    """N-FGSM (de Jorge 2022, arXiv 2202.01181): strong uniform noise, then one signed step; for training alone.
+
+    Nothing brings the pictures back: clipped to [0,1] only, they leave the eps ball and end up as far as
+    noise * eps + step_size from the clean ones in the norm linf. That is the method: its authors find that clipping to
+    the ball is what lets training overfit to the single step.
+
+    Attributes:
+        eps: what the noise is measured in, in pixel units.
+        step_size: length of the step in the norm linf, in pixel units; the paper's is eps.
+        noise: largest noise, as a multiple of eps.
+        seed: with a sample's key it fixes the noise.
+    """
+
+    eps: float
+    step_size: float
+    noise: float = 2.0
+    seed: int = 0
+
+    def __call__(self, loss: Loss, pixels: Tensor, keys: Tensor) -> Tensor:
+        """See `Attack`."""
+        pixels = pixels.detach()
+        noisy = LinfBall(pixels, self.noise * self.eps).start(uniform_noise(keys, pixels, self.seed))
+        return input_gradient(loss, noisy).sign_().mul_(self.step_size).add_(noisy).clamp_(0, 1)
+
+
+@dataclass(frozen=True)
+class APGD:
+    """Auto-PGD: `steps` steps whose length each sample finds by itself, and its point of highest loss in the end.
+
+    For linf and l2 (Croce & Hein 2020, arXiv 2003.01690): steps of 2 eps with momentum; at checkpoints, a sample that
+    rose in fewer than `rho` of the steps since the last one, or that has no new best and kept its step size there, goes
+    on from its best point with half the step size.
+
+    For l1 (Croce & Hein 2021, arXiv 2103.01208): sparse steps of eps without momentum, `rho` unused; every 4 % of the
+    steps, the share of pixels that moves becomes 2/3 of those that the best point differs in, and a sample whose best
+    point is still growing sparser (by 5 %) goes on from there with steps of eps, another with steps 1.5 times shorter,
+    down to eps/10. One radius throughout: the paper's prelude in larger balls is left out.
+
+    Attributes:
+        norm: "linf", "l2" or "l1".
+        eps: radius of the ball, in pixel units.
+        steps: number of steps, each a gradient; a forward pass comes on top.
+        start: as in `PGD`.
+        seed: with a sample's key it fixes the random start.
+        rho: share of steps that must rise.
+    """
+
+    norm: Norm
+    eps: float
+    steps: int
+    start: Start = "uniform"
+    seed: int = 0
+    rho: float = 0.75
+
+    def __call__(self, loss: Loss, pixels: Tensor, keys: Tensor) -> Tensor:
+        """See `Attack`."""
+        pixels = pixels.detach()
+        ball = BALLS[self.norm](pixels, self.eps)
+        start = STARTS[self.start](ball, pixels, keys, self.seed)
+        if self.steps == 0:
+            return start
+        if isinstance(ball, L1Ball):
+            return _climb_sparsely(ball, loss, start, pixels, self.eps, self.steps)
+        return _climb(ball, loss, start, self.eps, self.steps, self.rho)
+
+
+STARTS: dict[str, Callable[[Ball, Tensor, Tensor, int], Tensor]] = {
+    "uniform": lambda ball, pixels, keys, seed: ball.start(uniform_noise(keys, pixels, seed)),
+    "gaussian": lambda ball, pixels, keys, seed: ball.project(
+        normal(uniform_noise(keys, pixels, seed)).mul_(GAUSSIAN_START).add_(pixels)
+    ),
+    "none": lambda ball, pixels, keys, seed: pixels.clone(),  # noqa: ARG005
+}
+"""From the ball, its centre, the keys and the seed to where an attack starts: a tensor of its own."""
+
+
+def loss_and_gradient(loss: Loss, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses [B] and their gradient with respect to the pictures alone: no weight's is computed or stored."""
     with torch.enable_grad():
         leaf = pixels.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(loss(leaf), leaf)
-    return gradient
+        losses = loss(leaf)
+        # Of the sum, not of the mean: each sample's gradient is independent of the batch.
+        (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+    return losses.detach(), gradient
+
+
+def input_gradient(loss: Loss, pixels: Tensor) -> Tensor:
+    """The gradient of `loss_and_gradient`."""
+    return loss_and_gradient(loss, pixels)[1]
+
+
+class _Point(NamedTuple):
+    """Where each sample stands: pictures [B,3,H,W], their losses [B] and the losses' gradient."""
+
+    pictures: Tensor
+    losses: Tensor
+    gradient: Tensor
+
+
+def _look(loss: Loss, pictures: Tensor, *, last: bool = False) -> _Point:
+    """The point at some pictures; the last one of a climb needs no gradient and gets zeros."""
+    if not last:
+        return _Point(pictures, *loss_and_gradient(loss, pictures))
+    with torch.no_grad():
+        return _Point(pictures, loss(pictures), torch.zeros_like(pictures))
+
+
+def _choose(mask: Tensor, a: _Point, b: _Point) -> _Point:
+    """Each sample's point from `a` where the mask [B] holds, from `b` elsewhere."""
+    wide = mask.view(_PER_SAMPLE)
+    return _Point(
+        torch.where(wide, a.pictures, b.pictures),
+        torch.where(mask, a.losses, b.losses),
+        torch.where(wide, a.gradient, b.gradient),
+    )
+
+
+def _climb(ball: Ball, loss: Loss, start: Tensor, eps: float, steps: int, rho: float) -> Tensor:
+    """APGD in linf and l2, algorithm 1 of its paper; a sample that is stuck goes back before the next step."""
+    now = best = _look(loss, start)
+    previous, best_before = start, now.losses
+    step_size = start.new_full((len(start), 1, 1, 1), 2 * eps)
+    num_rises, halved = torch.zeros_like(now.losses), torch.zeros_like(now.losses, dtype=torch.bool)
+    last_check, checkpoints = 0, _checkpoints(steps)
+    for k in range(1, steps + 1):
+        pictures = ball.ascend(now.pictures, now.gradient, step_size)
+        if k > 1:
+            pictures = ball.project(now.pictures + 0.75 * (pictures - now.pictures) + 0.25 * (now.pictures - previous))
+        previous, losses_before = now.pictures, now.losses
+        now = _look(loss, pictures, last=k == steps)
+        num_rises = num_rises + (now.losses > losses_before)
+        best = _choose(now.losses > best.losses, now, best)
+        if k in checkpoints:
+            halved = (num_rises < rho * (k - last_check)) | (~halved & (best.losses <= best_before))
+            step_size = torch.where(halved.view(_PER_SAMPLE), step_size / 2, step_size)
+            now = _choose(halved, best, now)
+            num_rises, best_before, last_check = torch.zeros_like(num_rises), best.losses, k
+    return best.pictures
+
+
+def _climb_sparsely(ball: L1Ball, loss: Loss, start: Tensor, pixels: Tensor, eps: float, steps: int) -> Tensor:
+    """APGD in l1; constants from the paper's authors' code."""
+    now = best = _look(loss, start)
+    step_size = start.new_full((len(start), 1, 1, 1), eps)
+    share, num_moved = torch.full_like(step_size, 0.2), torch.full_like(step_size, pixels[0].numel())
+    for k in range(1, steps + 1):
+        now = _look(loss, ball.ascend(now.pictures, now.gradient, step_size, share), last=k == steps)
+        best = _choose(now.losses > best.losses, now, best)
+        if k % max(1, 4 * steps // 100) == 0:
+            num_moved_before, num_moved = num_moved, _num_moved(best.pictures, pixels)
+            sparser = num_moved < 0.95 * num_moved_before
+            step_size = torch.where(sparser, eps, (step_size / 1.5).clamp_min_(eps / 10))
+            share = num_moved / (1.5 * pixels[0].numel())
+            now = _choose(sparser.flatten(), best, now)
+    return best.pictures
+
+
+def _num_moved(pictures: Tensor, pixels: Tensor) -> Tensor:
+    """In how many numbers each sample differs from the clean one, [B,1,1,1]."""
+    return (pictures != pixels).sum((1, 2, 3), keepdim=True, dtype=pixels.dtype)
+
+
+def _checkpoints(steps: int) -> set[int]:
+    """The steps after which APGD looks back: 22 % of them, then in shrinking distances, at least 6 % apart."""
+    percent, distance, places = 22, 22, []
+    while percent < 100:
+        places.append(-(-percent * steps // 100))
+        distance = max(distance - 3, 6)
+        percent += distance
+    return set(places)
 
 
 def uniform_noise(keys: Tensor, like: Tensor, seed: int) -> Tensor:
@@ -133,12 +262,35 @@ def uniform_noise(keys: Tensor, like: Tensor, seed: int) -> Tensor:
 
     Source: a 32-bit counter through the finaliser lowbias32 (Wellons 2018), 24 bits of it used.
     """
-    # 0 is a fixed point of the finaliser: without the constant, seed 0 and key 0 would begin with noise 0.
-    stream = _mix(_mix(_mix(keys >> 32 & _MASK) ^ (keys & _MASK)) ^ seed ^ 0x9E3779B9)
     position = torch.arange(like[0].numel(), device=like.device) * 0x9E3779B9 & _MASK
-    bits = _mix(stream[:, None] ^ position[None, :]) >> 8
+    bits = _mix(_stream(keys, seed)[:, None] ^ position[None, :]) >> 8
     noise = torch.empty_like(like)
     return noise.copy_(bits.view(like.shape)).mul_(2.0**-24)
+
+
+def random_target(keys: Tensor, labels: Tensor, num_classes: int, seed: int) -> Tensor:
+    """A class other than the label for each sample, uniform, a function of (seed, key) alone: int64 [B].
+
+    Args:
+        keys: int64 [B].
+        labels: int64 [B].
+        num_classes: at least 2.
+        seed: below 2**31.
+
+    Raises:
+        ValueError: one class alone.
+    """
+    if num_classes < 2:
+        raise ValueError(f"num_classes: {num_classes}: a target other than the label needs at least 2")
+    # A position that no picture has: the target knows nothing of the noise.
+    offset = 1 + (_mix(_stream(keys, seed) ^ _MASK) * (num_classes - 1) >> 32)
+    return (labels + offset) % num_classes
+
+
+def _stream(keys: Tensor, seed: int) -> Tensor:
+    """The counter's beginning for each key, 32 bits in int64 [B]."""
+    # 0 is a fixed point of the finaliser: without the constant, seed 0 and key 0 would begin with noise 0.
+    return _mix(_mix(_mix(keys >> 32 & _MASK) ^ (keys & _MASK)) ^ seed ^ 0x9E3779B9)
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -146,23 +298,3 @@ def _mix(x: Tensor) -> Tensor:
     x = (x ^ x >> 16) * 0x7FEB352D & _MASK
     x = (x ^ x >> 15) * 0x846CA68B & _MASK
     return x ^ x >> 16
-
-
-def _linf_bounds(pixels: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Lowest and highest value of each pixel, rounded inwards so that |x' - x| <= eps holds exactly, not to an ulp."""
-    exact = pixels.double()
-    low, high = exact - eps, exact + eps
-    rounded_low, rounded_high = low.to(pixels.dtype), high.to(pixels.dtype)
-    rounded_low = torch.where(rounded_low.double() < low, torch.nextafter(rounded_low, pixels), rounded_low)
-    rounded_high = torch.where(rounded_high.double() > high, torch.nextafter(rounded_high, pixels), rounded_high)
-    return rounded_low.clamp_min_(0), rounded_high.clamp_max_(1)
-
-
-def _l2(x: Tensor) -> Tensor:
-    """Norm of each sample, [B,1,1,1]."""
-    return torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True)
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Each sample scaled to length 1; a zero one stays zero."""
-    return x / _l2(x).clamp_min(torch.finfo(x.dtype).tiny)

@@ -41,9 +41,9 @@ def _scientific(value: object) -> object:
 
 
 def _attack_name(value: str) -> str:
-    """Refuse what is neither "none" nor "pgdN"."""
-    if not re.fullmatch(r"none|pgd[1-9][0-9]{0,3}", value):
-        raise ValueError("none or pgdN (N steps), such as pgd20, would be right")
+    """Refuse what is neither "none" nor "pgdN", "apgd" or "apgdN"."""
+    if not re.fullmatch(r"none|pgd[1-9][0-9]{0,3}|apgd([1-9][0-9]{0,3})?", value):
+        raise ValueError("none, pgdN (N steps), such as pgd20, apgd or apgdN would be right")
     return value
 
 
@@ -84,6 +84,10 @@ class DataConfig(Section):
     """Mirror half of the training pictures left to right."""
     val_crop: Annotated[Number, Field(gt=0, le=1)] = 0.875
     """Side of the centre crop of non-square or larger validation pictures, as a fraction of the shorter side."""
+    mixup: NonNegative = 0.0
+    """Training pictures are blended in pairs, their labels too; alpha of the Beta distribution, 0: off."""
+    cutmix: NonNegative = 0.0
+    """Training pictures get a patch of their partner's, labels by area; alpha, 0: off. With mixup: half and half."""
     loader_threads: Count = 1
     """Decoding threads of each worker."""
 
@@ -105,25 +109,73 @@ class ModelConfig(Section):
     """Standard deviation of the pixels in [0,1] per channel; default: timm's for the architecture."""
 
 
-class StandardConfig(Section):
+class MethodConfig(Section):
+    """What every objective has."""
+
+    label_smoothing: Share = 0.0
+    """Mass of the target spread over all classes."""
+
+
+class StandardConfig(MethodConfig):
     """Plain training on clean pictures: CE(f(x), y)."""
 
     name: Literal["standard"]
     """The method."""
-    label_smoothing: Share = 0.0
-    """Mass of the target spread over all classes."""
 
 
-class ATConfig(Section):
+class ATConfig(MethodConfig):
     """Adversarial training (Madry 2018): CE(f(x'), y)."""
 
     name: Literal["at"]
     """The method."""
-    label_smoothing: Share = 0.0
-    """Mass of the target spread over all classes."""
 
 
-class ARATConfig(Section):
+class TRADESConfig(MethodConfig):
+    """TRADES (Zhang 2019): CE(f(x), y) + beta KL(f(x) || f(x')); its attack climbs the KL term."""
+
+    name: Literal["trades"]
+    """The method."""
+    beta: NonNegative = 6.0
+    """Weight of the KL term."""
+
+
+class MARTConfig(MethodConfig):
+    """MART (Wang 2020): BCE(f(x'), y) + lambda KL(f(x) || f(x')) (1 - p_y(x))."""
+
+    name: Literal["mart"]
+    """The method."""
+    kl_weight: NonNegative = 5.0
+    """Weight lambda of the KL term: 5 in the authors' code, 6 in their paper."""
+
+
+class LBGATConfig(MethodConfig):
+    """LBGAT (Cui 2021): |f(x') - g(x)|^2 + CE(g(x), y) + beta KL(f(x) || f(x')), g a clean net trained along."""
+
+    name: Literal["lbgat"]
+    """The method."""
+    beta: NonNegative = 0.0
+    """Weight of the TRADES term: 0 or 6 in the paper."""
+    teacher: ModelConfig | None = None
+    """The clean net g; default: the model's own architecture."""
+
+
+class ARRESTConfig(MethodConfig):
+    """ARREST (Suzuki 2023, a reconstruction): adversarial fine-tuning that stays near a frozen clean-trained net.
+
+    The net starts from model.pretrained or model.checkpoint; without either, a clean net is trained first.
+    """
+
+    name: Literal["arrest"]
+    """The method."""
+    angle_weight: NonNegative = 10.0
+    """Weight of the angle between the features of x' and the frozen net's of x."""
+    replay_angle: Share = 0.25
+    """Pictures whose features have turned further than this, in units of pi, are replayed: noisy, not attacked."""
+    clean_epochs: Count = 30
+    """Length of the clean training that comes first where nothing else gives the start, in epochs."""
+
+
+class ARATConfig(MethodConfig):
     """ARAT (Waseda 2025, arXiv 2402.14648); every part can be switched off alone."""
 
     name: Literal["arat"]
@@ -146,27 +198,38 @@ class ARATConfig(Section):
     """auto: the weight of the adversarial term follows the clean branch's training accuracy of the last epoch."""
     adv_weight: Share = 0.5
     """Weight of the adversarial term, the clean one has 1 minus it; with balance auto, in the first epoch only."""
-    label_smoothing: Share = 0.0
-    """Mass of the target spread over all classes."""
 
 
-ObjectiveConfig = Annotated[StandardConfig | ATConfig | ARATConfig, Field(discriminator="name")]
+ObjectiveConfig = Annotated[
+    StandardConfig | ATConfig | TRADESConfig | MARTConfig | LBGATConfig | ARRESTConfig | ARATConfig,
+    Field(discriminator="name"),
+]
 
 
 class AttackConfig(Section):
-    """The attack in training: projected gradient descent inside the step."""
+    """The attack in training, inside the step. auto: as the objective's authors have it."""
 
-    norm: Literal["linf", "l2"] = "linf"
+    name: Literal["pgd", "fgsm", "nfgsm", "apgd"] = "pgd"
+    """pgd; fgsm (one step from a random start); nfgsm (one step from strong noise, not projected); apgd."""
+    norm: Literal["linf", "l2", "l1"] = "linf"
     """Norm of the ball around each picture."""
     eps: Positive = 8 / 255
     """Radius of the ball, in pixel units of [0,1]; the evaluation takes it over unless told otherwise."""
-    step_size: Positive = 2 / 255
-    """Length of one step, in pixel units of [0,1]."""
-    steps: Count = 10
-    """Number of gradient steps."""
-    random_start: bool = True
-    """Start from a uniform point of the ball instead of its centre."""
-    norm_stats: Literal["batch", "running"] = "batch"
+    eps_warmup_epochs: NonNegative = 0.0
+    """Length of eps' rise from zero in a straight line, in epochs; the step size rises with it."""
+    step_size: Positive | None = None
+    """Length of one step, in pixel units of [0,1]; default: eps/4, fgsm 1.25 eps, nfgsm eps; apgd finds its own."""
+    steps: Count | None = None
+    """Number of gradient steps; default: 10, for fgsm and nfgsm 1."""
+    steps_from: tuple[tuple[NonNegative, Count], ...] = ()
+    """Pairs of an epoch and the number of steps from its beginning on; before the first pair, `steps`."""
+    loss: Literal["auto", "ce", "kl", "dlr"] = "auto"
+    """What it climbs: cross-entropy, KL from the clean prediction, or the difference of logits ratio."""
+    targeted: bool = False
+    """Climb towards a random other class instead of away from the right one; with ce."""
+    start: Literal["auto", "uniform", "gaussian", "none"] = "auto"
+    """A uniform point of the ball, the picture with Gaussian noise of 0.001, or the picture itself."""
+    norm_stats: Literal["auto", "batch", "running"] = "auto"
     """Statistics that BatchNorm uses in the attack: the batch's own, or the running ones. Neither is changed."""
 
 
@@ -210,8 +273,17 @@ class TrainConfig(Section):
     """Compute precision of attack and training passes; master weights are fp32."""
     seed: Annotated[Integer, Field(ge=0, lt=2**31)] = 0
     """Fixes weights at the start, sample order, augmentation, attack starts, dropout."""
+    sync_norms: bool = False
+    """Batch statistics of norms span all workers: training is then independent of their number, at two collectives a
+    norm and pass. Off: per worker."""
     ema_decay: Annotated[Number, Field(gt=0, lt=1)] | None = None
-    """Decay per step of the exponential moving average of the weights; default: none kept."""
+    """Decay per step of the exponential moving average of the weights (EMA); default: none kept."""
+    swa_start_epoch: NonNegative | None = None
+    """Epoch from whose end on weights are averaged evenly (SWA); default: not at all."""
+    swa_every: Count = 500
+    """Steps between two weights that SWA averages."""
+    norm_samples: Count = 10_000
+    """Training pictures from which the averaged nets' norm statistics are measured at the end of the run."""
     log_every: Count = 50
     """Steps between two lines of metrics.jsonl; every checkpoint writes one too."""
     checkpoint_every: Count | None = None
@@ -235,8 +307,8 @@ class EvalConfig(Section):
     """The evaluation at the end of a run, and its default for `arat eval`."""
 
     attack: Annotated[str, AfterValidator(_attack_name)] = "pgd20"
-    """none, or pgdN: N steps of eps/4 from one uniform start, eval mode, the adv branch."""
-    norm: Literal["linf", "l2"] | None = None
+    """none; pgdN: N steps of eps/4; apgdN: N steps of APGD, 100 if unsaid. One uniform start, eval mode, adv branch."""
+    norm: Literal["linf", "l2", "l1"] | None = None
     """Norm of the ball; default: attack.norm."""
     eps: Positive | None = None
     """Radius of the ball in pixel units of [0,1]; default: attack.eps."""
@@ -257,6 +329,8 @@ class TrackConfig(Section):
     """MLflow tracking URI; default: sqlite in the storage folder, mlflow.db."""
     experiment: str = "arat"
     """MLflow experiment."""
+    diagnostics_every: Count | None = None
+    """Steps between two measurements of gradient conflict and of the branches' distance; default: none."""
 
 
 class ClusterConfig(Section):
@@ -297,8 +371,13 @@ class Recipe(Section):
 
     def without_start(self) -> Recipe:
         """The recipe without the weights that the net starts from: they come from elsewhere."""
-        model = self.model.model_copy(update={"pretrained": False, "checkpoint": None})
-        return self.model_copy(update={"model": model})
+        nothing = {"pretrained": False, "checkpoint": None}
+        recipe = self.model_copy(update={"model": self.model.model_copy(update=nothing)})
+        if not isinstance(self.objective, LBGATConfig) or self.objective.teacher is None:
+            return recipe
+        teacher = self.objective.teacher.model_copy(update=nothing)
+        objective = self.objective.model_copy(update={"teacher": teacher})
+        return recipe.model_copy(update={"objective": objective})
 
     def sha256(self) -> str:
         """Hash of the resolved recipe, independent of its file's layout."""
@@ -312,6 +391,8 @@ class Recipe(Section):
 def check_fields(recipe: Recipe, source: str) -> None:
     """Checks between fields that need nothing but the recipe (UserError; `source` names it)."""
     attack, optim, data = recipe.attack, recipe.optim, recipe.data
+    largest_l1 = 3 * data.image_size**2
+    l1_limit = f"pixels are in [0,1], so l1 eps is at most 3*image_size^2 ({largest_l1})"
     checks = [
         (
             attack.norm == "linf" and attack.eps > 1,
@@ -322,12 +403,53 @@ def check_fields(recipe: Recipe, source: str) -> None:
             f"eval.eps: {recipe.eval.eps or 0:g}: pixels are in [0,1], so linf eps is at most 1 (8/255 is usual)",
         ),
         (
+            attack.norm == "l1" and attack.eps > largest_l1,
+            f"attack.eps: {attack.eps:g}: {l1_limit}",
+        ),
+        (
+            recipe.eval.eps is not None and (recipe.eval.norm or attack.norm) == "l1" and recipe.eval.eps > largest_l1,
+            f"eval.eps: {recipe.eval.eps or 0:g}: {l1_limit}",
+        ),
+        (
             recipe.eval.norm not in (None, attack.norm) and recipe.eval.eps is None,
             f"eval.norm: {recipe.eval.norm}: give eval.eps too, attack.eps is a radius in {attack.norm}",
         ),
         (
-            attack.step_size > 2 * attack.eps,
-            f"attack.step_size: {attack.step_size:g}: at most twice attack.eps ({2 * attack.eps:g}) reaches the ball",
+            attack.step_size is not None and attack.step_size > 2 * attack.eps,
+            f"attack.step_size: {attack.step_size or 0:g}: at most twice attack.eps ({2 * attack.eps:g}) has a use",
+        ),
+        (
+            attack.name == "apgd" and attack.step_size is not None,
+            f"attack.step_size: {attack.step_size or 0:g}: goes without apgd, which finds its own",
+        ),
+        (
+            attack.name in ("fgsm", "nfgsm") and (attack.steps not in (None, 1) or bool(attack.steps_from)),
+            f"attack.steps: {attack.steps}: {attack.name} takes 1 step; pgd takes more",
+        ),
+        (
+            attack.name == "nfgsm" and (attack.norm != "linf" or attack.start not in ("auto", "uniform")),
+            f"attack.name: nfgsm: goes with norm linf and start uniform, here {attack.norm} and {attack.start}",
+        ),
+        (
+            attack.targeted and attack.loss not in ("auto", "ce"),
+            f"attack.targeted: true: goes with attack.loss ce, here {attack.loss}",
+        ),
+        (
+            [epoch for epoch, _ in attack.steps_from] != sorted({epoch for epoch, _ in attack.steps_from}),
+            f"attack.steps_from: {[list(pair) for pair in attack.steps_from]}: ascending epochs",
+        ),
+        (
+            attack.loss == "dlr" and data.num_classes < 3,
+            f"attack.loss: dlr: needs 3 classes, data.num_classes is {data.num_classes}",
+        ),
+        (
+            isinstance(recipe.objective, ARATConfig) and recipe.objective.gamma > 0 and not recipe.objective.taps,
+            "objective.gamma: goes with at least one of objective.taps; 0, or taps: auto, would be right",
+        ),
+        (
+            recipe.train.swa_start_epoch is not None and recipe.train.swa_start_epoch >= recipe.train.epochs,
+            f"train.swa_start_epoch: {recipe.train.swa_start_epoch or 0:g}: less than train.epochs "
+            f"({recipe.train.epochs}), or nothing is averaged",
         ),
         (
             optim.warmup_epochs >= recipe.train.epochs,

@@ -88,7 +88,7 @@ class DDPEngine:
         self._clip_norm = optim.clip_grad_norm
         self._wrapped: nn.Module = self.objective
         if rank.world_size > 1:
-            # Statistics of the norms are per rank in training; `average_statistics` joins them where they are used.
+            # Running statistics are per rank unless norms are synchronised; `average_statistics` joins them where used.
             self._wrapped = DistributedDataParallel(
                 self.objective, forward_sync_buffers=False, gradient_as_bucket_view=True
             )

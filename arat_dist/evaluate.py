@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from arat_dist.attacks import PGD
+from arat_dist.attacks import APGD, PGD, Attack
 from arat_dist.config import DataConfig, EvalConfig, Recipe
 from arat_dist.data.loader import Loader, val_loader
-from arat_dist.data.order import eval_shares
+from arat_dist.data.order import eval_shares, spread
 from arat_dist.engine import Rank
+from arat_dist.losses import cross_entropy
 from arat_dist.models.classifier import Classifier
 from arat_dist.objectives.base import to_pixels
 
@@ -87,26 +87,26 @@ def eval_config(recipe: Recipe) -> EvalConfig:
     return recipe.eval.model_copy(update={"norm": norm, "eps": eps})
 
 
-def evaluation_attack(config: EvalConfig) -> PGD | None:
-    """The attack named pgdN as this project defines it: uniform start, steps of eps/4, one restart; None for "none"."""
+def evaluation_attack(config: EvalConfig) -> PGD | APGD | None:
+    """The attack named pgdN (steps of eps/4) or apgdN (100 steps if unsaid), one uniform start; None for "none"."""
     if config.attack == "none":
         return None
     assert config.norm is not None
     assert config.eps is not None
-    steps = int(config.attack.removeprefix("pgd"))
-    return PGD(config.norm, config.eps, config.eps / 4, steps, random_start=True, seed=config.seed)
+    if config.attack.startswith("apgd"):
+        return APGD(config.norm, config.eps, int(config.attack.removeprefix("apgd") or 100), seed=config.seed)
+    return PGD(config.norm, config.eps, config.eps / 4, int(config.attack.removeprefix("pgd")), seed=config.seed)
 
 
 def subset_shares(num_samples: int, config: EvalConfig, rank: Rank) -> list[np.ndarray]:
     """This rank's batches of indices: every sample of the (possibly limited) set exactly once over all ranks."""
     limit = min(num_samples, config.limit or num_samples)
-    # Sets are often sorted by class, so a limited one is taken evenly over the whole.
-    subset = np.arange(limit, dtype=np.int64) * num_samples // limit
+    subset = spread(num_samples, limit)
     return [subset[share] for share in eval_shares(limit, config.batch_size, rank.index, rank.world_size)]
 
 
 def count_correct(
-    classifier: Classifier, loader: Loader, shares: Sequence[np.ndarray], attack: PGD | None, device: torch.device
+    classifier: Classifier, loader: Loader, shares: Sequence[np.ndarray], attack: Attack | None, device: torch.device
 ) -> Tensor:
     """Samples, those right on the clean picture, and those right on it and after the attack: int64 [3] of this rank.
 
@@ -126,13 +126,13 @@ def count_correct(
 
 
 def verdicts(
-    classifier: Classifier, pixels: Tensor, labels: Tensor, keys: Tensor, attack: PGD | None
+    classifier: Classifier, pixels: Tensor, labels: Tensor, keys: Tensor, attack: Attack | None
 ) -> tuple[Tensor, Tensor]:
     """Whether each sample is right on the clean picture, and on it and after the attack: two bool [B]."""
     with torch.no_grad():
         clean = classifier(pixels).argmax(1) == labels
     if attack is None:
         return clean, clean
-    adversarial = attack(lambda x: F.cross_entropy(classifier(x), labels, reduction="sum"), pixels, keys)
+    adversarial = attack(lambda x: cross_entropy(classifier(x), labels), pixels, keys)
     with torch.no_grad():
         return clean, clean & (classifier(adversarial).argmax(1) == labels)

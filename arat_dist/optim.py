@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from timm.optim._param_groups import param_groups_weight_decay
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import nn
 
 from arat_dist.config import OptimConfig
 
@@ -28,20 +26,6 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optim
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
     return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
-
-
-def build_ema(module: nn.Module, decay: float) -> AveragedModel:
-    """A copy of the module that follows it: an exponential moving average of weights and statistics.
-
-    The decay begins low, min(decay, (1 + n) / (10 + n)) after n updates, or a run that is short beside 1 / (1 - decay)
-    would end near the weights that it began with.
-    """
-
-    def update(averaged: Any, current: Any, num_averaged: Tensor | int) -> None:
-        n = int(num_averaged)  # lies on the CPU, wherever the weights are
-        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, num_averaged)
-
-    return AveragedModel(module, multi_avg_fn=update, use_buffers=True)
 
 
 def lr_at(step: int, config: OptimConfig, *, num_samples: int, batch_size: int, epochs: int) -> float:

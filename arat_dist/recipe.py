@@ -30,16 +30,46 @@ def load_recipe(path: str | Path, overrides: Sequence[tuple[str, Any]] = ()) -> 
         UserError: one line that names the file, the key and what would be right.
     """
     file = find_recipe(path)
+    tree = _read(file)
+    # The objective first: changing it drops the keys of the old one, never those given beside it.
+    for key, value in sorted(overrides, key=lambda override: override[0] != "objective.name"):
+        _override(tree, key, value)
+    return parse_recipe(tree, source=str(file))
+
+
+def _read(file: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A recipe file's sections, laid over those of the recipe that its `base` names, if it names one (UserError)."""
+    if file in below:
+        raise UserError(f"{below[0]}: base: {' -> '.join(map(str, [*below, file]))}: goes round in a circle")
     try:
         tree = yaml.load(file.read_text(), Loader=_UniqueKeyLoader)  # noqa: S506  a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: not a YAML file: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{file}: a recipe is a mapping of sections, this holds {type(tree).__name__}")
-    # The objective first: changing it drops the keys of the old one, never those given beside it.
-    for key, value in sorted(overrides, key=lambda override: override[0] != "objective.name"):
-        _override(tree, key, value)
-    return parse_recipe(tree, source=str(file))
+    if "base" not in tree:
+        return tree
+    base = tree.pop("base")
+    if not isinstance(base, str):
+        raise UserError(f"{file}: base: {base!r}: a recipe's name or its file, beside this one, would be right")
+    beside = file.parent / base
+    return _laid_over(_read(beside if beside.is_file() else find_recipe(base), (*below, file)), tree)
+
+
+def _laid_over(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+    """Sections key by key over those of a base; another objective takes no keys from the base's."""
+    joined = dict(base)
+    for section, keys in tree.items():
+        before = base.get(section)
+        if not isinstance(before, dict) or not isinstance(keys, dict) or _is_another_method(section, before, keys):
+            joined[section] = keys
+        else:
+            joined[section] = {**before, **keys}
+    return joined
+
+
+def _is_another_method(section: str, before: dict[str, Any], keys: dict[str, Any]) -> bool:
+    return section == "objective" and keys.get("name", before.get("name")) != before.get("name")
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
@@ -72,6 +102,12 @@ def shipped_recipes() -> Path:
     return inside if inside.is_dir() else Path(__file__).parent.parent / "recipes"
 
 
+def recipe_names() -> list[str]:
+    """Names of all recipes that come with the package, sorted; those in folders as FOLDER/NAME."""
+    shipped = shipped_recipes()
+    return sorted(file.relative_to(shipped).with_suffix("").as_posix() for file in shipped.rglob("*.yaml"))
+
+
 def find_recipe(path: str | Path) -> Path:
     """The recipe file that a user named: a path, or the name of a shipped one (UserError if neither)."""
     shipped = shipped_recipes()
@@ -79,8 +115,12 @@ def find_recipe(path: str | Path) -> Path:
     for candidate in (Path(path), shipped / name, shipped / f"{name}.yaml"):
         if candidate.is_file():
             return candidate
-    known = sorted(file.stem for file in shipped.glob("*.yaml"))
-    raise UserError(f"{path}: no such recipe; a YAML file or one of {', '.join(known)} would be right")
+    known = [name for name in recipe_names() if "/" not in name]
+    folders = sorted({f"{name.partition('/')[0]}/" for name in recipe_names() if "/" in name})
+    raise UserError(
+        f"{path}: no such recipe; a YAML file, one of {', '.join(known)}, or one under {', '.join(folders)} "
+        "would be right"
+    )
 
 
 def iter_keys() -> Iterator[tuple[str, str, str]]:

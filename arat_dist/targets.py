@@ -21,7 +21,7 @@ from arat_dist.objectives import build_objective
 from arat_dist.run import RECIPE, Run
 from arat_dist.storage import absolute_path
 
-Weights = Literal["raw", "ema"]
+Weights = Literal["raw", "ema", "swa"]
 
 TIMM = "timm:"
 
@@ -76,11 +76,13 @@ def load_run(run: Run, recipe: Recipe, weights: Weights | None = None) -> Classi
     if checkpoint is None:
         raise UserError(f"{run.folder.uri}: has no whole checkpoint yet")
     classifier = build_objective(recipe.without_start()).classifier
-    chosen = weights or ("ema" if "ema" in checkpoint.weights else "raw")
-    if chosen == "ema":
-        if "ema" not in checkpoint.weights:
-            raise UserError(f"--weights: ema: {run.folder.uri} keeps none (train.ema_decay); raw would be right")
-        classifier.load_state_dict(checkpoint.weights["ema"])
+    kept = [name for name in ("raw", "ema", "swa") if name == "raw" or name in checkpoint.weights]
+    chosen = weights or kept[-1]
+    if chosen not in kept:
+        key = {"ema": "train.ema_decay", "swa": "train.swa_start_epoch"}[chosen]
+        raise UserError(f"--weights: {chosen}: {run.folder.uri} keeps none ({key}); {' or '.join(kept)} would be right")
+    if chosen != "raw":
+        classifier.load_state_dict(checkpoint.weights[chosen])
     else:
         prefix = "classifier."
         state = {k.removeprefix(prefix): v for k, v in checkpoint.weights["model"].items() if k.startswith(prefix)}

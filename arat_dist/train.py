@@ -5,22 +5,25 @@ from __future__ import annotations
 import logging
 import math
 import time
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel
 
+from arat_dist.averaging import Average, build_averages, restate
 from arat_dist.checkpoint import Checkpoint, checkpoint_names, load_newest, save_checkpoint
 from arat_dist.config import Recipe
 from arat_dist.data.loader import train_loader
 from arat_dist.data.manifest import Manifest, load_manifest
 from arat_dist.data.order import SampleOrder
+from arat_dist.diagnostics import branch_distance, gradient_conflict
 from arat_dist.engine import Engine, Rank, average_statistics, build_engine
 from arat_dist.evaluate import eval_config, evaluate
 from arat_dist.models.classifier import Classifier
 from arat_dist.objectives import build_objective
-from arat_dist.optim import build_ema, lr_at
+from arat_dist.objectives.base import Objective
+from arat_dist.optim import lr_at
 from arat_dist.run import Run
 
 logger = logging.getLogger(__name__)
@@ -38,8 +41,8 @@ def train(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
     # A checkpoint holds all weights: what the net started from is not asked for again.
     objective = build_objective(recipe if checkpoint is None else recipe.without_start())
     engine = build_engine(objective, recipe.engine, recipe.optim, rank)
-    ema = build_ema(objective.classifier, settings.ema_decay) if settings.ema_decay else None
-    start = resume(checkpoint, engine, ema)
+    averages = build_averages(recipe, objective.classifier, order.num_samples)
+    start = resume(checkpoint, engine, averages)
     stop = max(start, num_steps(recipe))
     check_agreement(start, load_manifest(recipe.data.train), rank)
     log = MetricsLog(run, rank, start)
@@ -52,27 +55,35 @@ def train(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
         for step, batch in enumerate(batches, start):
             seed_step(settings.seed, step, rank)
             engine.set_lr(lr := learning_rate(recipe, order, step))
+            engine.objective.begin_step(step * order.batch_size / order.num_samples)
             images, labels, keys = (tensor.to(rank.device, non_blocking=True) for tensor in batch)
             out = engine(images, labels, keys)
             # Ranks' shares may differ by a pair; so weighed, the average over ranks is the mean over the global batch.
-            engine.backward(out.loss * (len(labels) * rank.world_size / order.batch_size_at(step)))
-            log.add({"loss": out.loss.detach(), **out.metrics}, len(labels))
+            share = len(labels) * rank.world_size / order.batch_size_at(step)
             done = step + 1
+            if is_due(done, recipe.track.diagnostics_every):
+                log.note(diagnose(engine.objective, out.terms, share, rank))
+            engine.backward(out.loss * share)
+            log.add({"loss": out.loss.detach(), **out.metrics}, len(labels))
             epoch_ends = done == order.num_steps or order.epoch_of(done) > order.epoch_of(step)
-            every = settings.checkpoint_every
-            saves = done == stop or (done % every == 0 if every else epoch_ends)
+            saves = done == stop or (
+                is_due(done, settings.checkpoint_every) if settings.checkpoint_every else epoch_ends
+            )
             # A line goes before each checkpoint: it refuses a loss that is no number, and a resumed run begins a line.
-            if saves or done % settings.log_every == 0:
+            if saves or is_due(done, settings.log_every):
                 log.write(done, order.epochs_after(done), lr, engine.gradient_norm())
             engine.step()
-            if ema is not None:
-                ema.update_parameters(engine.objective.classifier)
+            for average in averages.values():
+                average.update(engine.objective.classifier, done)
             if epoch_ends:
                 engine.objective.end_epoch(rank.all_reduce)
+            if done == stop:
+                for average in averages.values():
+                    restate(engine.objective, average.classifier, recipe, rank)
             if saves:
-                save(run, engine, ema, rank, done, keep=settings.keep_checkpoints)
+                save(run, engine, averages, rank, done, keep=settings.keep_checkpoints)
 
-    classifier = engine.objective.classifier if ema is None else cast(Classifier, ema.module)
+    weights, classifier = result(engine.objective, averages)
     scores = evaluate(classifier, recipe.data, eval_config(recipe), rank)
     return {
         "epochs": settings.epochs,
@@ -80,7 +91,7 @@ def train(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
         "samples_seen": sum(order.batch_size_at(step) for step in range(stop)),
         "world_size": rank.world_size,
         **scores.summary(),
-        "weights": "raw" if ema is None else "ema",
+        "weights": weights,
         "checkpoint": run.checkpoints.path(checkpoint_names(run.checkpoints)[-1]) if rank.is_first else None,
         **log.summary(),
     }
@@ -114,15 +125,31 @@ def seed_step(seed: int, step: int, rank: Rank) -> None:
     torch.manual_seed(((seed << 31) + step) * 1_000_003 + rank.index & 0x7FFFFFFFFFFFFFFF)
 
 
-def resume(checkpoint: Checkpoint | None, engine: Engine, ema: AveragedModel | None) -> int:
+def is_due(done: int, every: int | None) -> bool:
+    """Whether something that happens every so many steps happens after this one; None: never."""
+    return every is not None and done % every == 0
+
+
+def diagnose(objective: Objective, terms: Mapping[str, Tensor], share: float, rank: Rank) -> dict[str, Tensor]:
+    """The measurements of the diagnostics, the same on all ranks; none of the conflict where a method has one term."""
+    conflict = gradient_conflict(objective.classifier, terms, share, rank) if terms else {}
+    return conflict | branch_distance(objective.classifier)
+
+
+def result(objective: Objective, averages: Mapping[str, Average]) -> tuple[str, Classifier]:
+    """Name and net of the weights that the run is for: those of the last average that has begun, else the raw ones."""
+    nets = {"raw": objective.classifier} | {name: each.classifier for name, each in averages.items() if each.has_begun}
+    return list(nets.items())[-1]
+
+
+def resume(checkpoint: Checkpoint | None, engine: Engine, averages: Mapping[str, Average]) -> int:
     """Take up a checkpoint, if there is one; returns the steps done."""
     if checkpoint is None:
         return 0
     engine.objective.load_state_dict(checkpoint.weights["model"])
     engine.load_state_dict(checkpoint.optimizer)
-    if ema is not None:
-        ema.module.load_state_dict(checkpoint.weights["ema"])
-        ema.n_averaged.fill_(checkpoint.step)
+    for name, average in averages.items():
+        average.resume(checkpoint.weights.get(name), checkpoint.step)
     logger.info("going on after step %d", checkpoint.step)
     return checkpoint.step
 
@@ -145,14 +172,15 @@ def check_agreement(start: int, manifest: Manifest, rank: Rank) -> None:
         raise RuntimeError("the workers have different files under data.train; copies of one .beton would be right")
 
 
-def save(run: Run, engine: Engine, ema: AveragedModel | None, rank: Rank, step: int, *, keep: int) -> None:
+def save(run: Run, engine: Engine, averages: Mapping[str, Average], rank: Rank, step: int, *, keep: int) -> None:
     """Join what the ranks know, then write a checkpoint on the first one."""
     engine.objective.sync(rank.all_reduce)
     average_statistics(engine.objective, rank)
     weights = {"model": engine.objective.state_dict()}
-    if ema is not None:
-        average_statistics(ema.module, rank)
-        weights["ema"] = ema.module.state_dict()
+    for name, average in averages.items():
+        if average.has_begun:
+            average_statistics(average.classifier, rank)
+            weights[name] = average.classifier.state_dict()
     if rank.is_first:
         save_checkpoint(run.checkpoints, Checkpoint(step, weights, engine.state_dict()), keep=keep)
 
@@ -176,6 +204,7 @@ class MetricsLog:
         self._begin = self._line_begin = time.perf_counter()
         self._num_images = self._line_images = 0
         self._names: list[str] = []
+        self._notes: dict[str, Tensor] = {}
         self._sums: Tensor | None = None
 
     def add(self, metrics: dict[str, Tensor], count: int) -> None:
@@ -184,6 +213,10 @@ class MetricsLog:
         weighed = torch.stack([*metrics.values()]).double() * count
         self._sums = weighed if self._sums is None else self._sums.add_(weighed)
         self._line_images += count
+
+    def note(self, metrics: dict[str, Tensor]) -> None:
+        """Keep 0-d values that are the same on all ranks for the next line."""
+        self._notes |= metrics
 
     def write(self, step: int, epoch: float, lr: float, gradient_norm: Tensor) -> None:
         """Write a line for the steps since the last one; every rank calls it.
@@ -201,6 +234,7 @@ class MetricsLog:
             "epoch": round(epoch, 4),
             "time_s": round(self._first_time_s + now - self._begin, 3),
             **means,
+            **{name: value.item() for name, value in self._notes.items()},
             "lr": lr,
             "gradient_norm": gradient_norm.item(),
             "images_per_second": num_images / (now - self._line_begin),
@@ -209,7 +243,7 @@ class MetricsLog:
         if self._rank.is_first:
             self._run.log(self._last)
         self._num_images += int(num_images)
-        self._sums, self._line_images, self._line_begin = None, 0, now
+        self._sums, self._notes, self._line_images, self._line_begin = None, {}, 0, now
         for name in ("loss", "gradient_norm"):
             if not math.isfinite(value := self._last[name]):
                 raise FloatingPointError(f"step {step}: {name} is {value}; a lower optim.lr would be a start")

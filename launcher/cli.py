@@ -213,9 +213,11 @@ def _parser() -> argparse.ArgumentParser:
 
     verb = _verb(verbs, "eval", evaluate, "measure clean and robust accuracy")
     verb.add_argument("target", metavar="RUN|EXPORT_DIR|timm:ARCH[:WEIGHTS_FILE]")
-    verb.add_argument("--weights", choices=["raw", "ema"], help="of a run (default: ema where it is kept)")
-    verb.add_argument("--attack", help="none or pgdN, such as pgd20 (default: the recipe's)")
-    verb.add_argument("--norm", help="linf or l2 (default: the recipe's)")
+    verb.add_argument(
+        "--weights", choices=["raw", "ema", "swa"], help="of a run (default: the last of these that it keeps)"
+    )
+    verb.add_argument("--attack", help="none, pgdN, such as pgd20, apgd or apgdN (default: the recipe's)")
+    verb.add_argument("--norm", help="linf, l2 or l1 (default: the recipe's)")
     verb.add_argument("--eps", help="radius in pixel units, such as 8/255 (default: the recipe's)")
     verb.add_argument("--data", metavar="FILE.beton", help="what to evaluate on (default: the recipe's data.val)")
     verb.add_argument("--workers", type=_count, default=0, help="Ray workers that share the work; 0: this process (0)")
@@ -225,7 +227,7 @@ def _parser() -> argparse.ArgumentParser:
     verb = _verb(verbs, "export", export, "write a run's adv branch as a plain timm checkpoint")
     verb.add_argument("target", metavar="RUN")
     verb.add_argument("out_dir", metavar="OUT_DIR", type=Path)
-    verb.add_argument("--weights", choices=["raw", "ema"], help="(default: ema where it is kept)")
+    verb.add_argument("--weights", choices=["raw", "ema", "swa"], help="(default: the last of these that it keeps)")
     verb.add_argument("--format", choices=["timm"], default="timm")
     return parser
 

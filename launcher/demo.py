@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from arat_dist.config import Recipe
+from arat_dist.config import Recipe, StandardConfig
 from arat_dist.data.beton import write_beton
 from arat_dist.data.manifest import check_beton
 from arat_dist.data.sources import open_source
@@ -26,8 +26,7 @@ def demo(overrides: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     """Write the digits, train ARAT and plain training for as long, evaluate both, export ARAT's net; the summary."""
     began = time.perf_counter()
     recipe = load_recipe("digits", overrides)
-    shared = [(key, value) for key, value in overrides if not key.startswith("objective.")]
-    contrast = load_recipe("digits", [*shared, ("objective.name", "standard")])
+    contrast = recipe.model_copy(update={"objective": StandardConfig(name="standard")})
     write_digits(recipe)
     start_anew_unless_interrupted(recipe, contrast)
     robust = fit(recipe, NAME)

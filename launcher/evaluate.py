@@ -38,7 +38,7 @@ def evaluate_target(
     began = time.perf_counter()
     opened = open_target(target, weights=weights, val=val)
     config = _changed(opened.config, changes)
-    _check_radius(target, opened.config, config, changes)
+    _check_radius(target, opened, config, changes)
     if num_workers:
         # Each worker opens it anew: Ray's object store is no place for weights.
         work = partial(_open_and_evaluate, opened.uri, weights, opened.data.val, config)
@@ -75,13 +75,18 @@ def _changed(config: EvalConfig, changes: dict[str, Any]) -> EvalConfig:
         ) from None
 
 
-def _check_radius(target: str, before: EvalConfig, config: EvalConfig, changes: dict[str, Any]) -> None:
+def _check_radius(target: str, opened: Target, config: EvalConfig, changes: dict[str, Any]) -> None:
+    before, largest_l1 = opened.config, 3 * opened.data.image_size**2
     if config.eps is None or config.norm is None:
         raise UserError(f"--eps: missing: {target} doesn't say what it was trained for; --norm linf --eps 8/255, say")
     if config.norm != before.norm and "eps" not in changes:
         raise UserError(f"--eps: missing: {before.eps:g} is a radius in {before.norm}, --norm is {config.norm}")
     if config.norm == "linf" and config.eps > 1:
         raise UserError(f"--eps: {config.eps:g}: pixels are in [0,1], so linf eps is at most 1 (8/255 is usual)")
+    if config.norm == "l1" and config.eps > largest_l1:
+        raise UserError(
+            f"--eps: {config.eps:g}: pixels are in [0,1], so l1 eps is at most 3*image_size^2 ({largest_l1})"
+        )
 
 
 def _open_and_evaluate(

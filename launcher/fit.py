@@ -12,18 +12,20 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
 from arat_dist.checkpoint import checkpoint_names
-from arat_dist.config import ClusterConfig, Recipe
+from arat_dist.config import ARRESTConfig, ClusterConfig, Recipe, StandardConfig, check_fields
 from arat_dist.data.manifest import load_manifest
 from arat_dist.engine import Rank
-from arat_dist.errors import WorkersError
+from arat_dist.errors import UserError, WorkersError
 from arat_dist.preflight import check_recipe
 from arat_dist.run import Run
 from arat_dist.storage import Storage, absolute_path
+from arat_dist.targets import export_run
 from arat_dist.tracking import Follower, Mirror, tracking_uri
 from arat_dist.train import num_steps, train
 from launcher.progress import TrainingProgress
@@ -66,8 +68,9 @@ def fit(recipe: Recipe, name: str, on_line: OnLine | None = None) -> dict[str, A
     uri = tracking_uri(recipe, run)
     run.open(recipe, load_manifest(recipe.data.train).sha256)
     with run.locked():
+        started = with_clean_start(recipe, name, on_line)
         mirror = Mirror(run, recipe, uri) if uri else None
-        trained = _train(recipe, run, mirror, on_line)
+        trained = _train(started, run, mirror, on_line)
     summary = {
         "name": name,
         "recipe_sha256": recipe.sha256(),
@@ -83,10 +86,44 @@ def fit(recipe: Recipe, name: str, on_line: OnLine | None = None) -> dict[str, A
     return summary
 
 
+def with_clean_start(recipe: Recipe, name: str, on_line: OnLine | None = None) -> Recipe:
+    """The recipe with the weights that its objective starts from, trained first where it names none.
+
+    Only ARREST needs them: a run NAME-clean of the same net on clean pictures comes before its own.
+    """
+    objective, model = recipe.objective, recipe.model
+    if not isinstance(objective, ARRESTConfig) or model.pretrained or model.checkpoint is not None:
+        return recipe
+    run = Run(recipe.cluster.storage, f"{name}-clean")
+    if not run.storage.is_local:
+        raise UserError(
+            f"model.checkpoint: missing: with cluster.storage {recipe.cluster.storage}, clean-trained weights in "
+            "a file would be right"
+        )
+    fit(clean_start(recipe, objective), run.name, on_line)
+    exported = export_run(run, Path(run.folder.uri) / "export")
+    start = model.model_copy(update={"checkpoint": str(exported.folder / "model.safetensors")})
+    return recipe.model_copy(update={"model": start})
+
+
+def clean_start(recipe: Recipe, objective: ARRESTConfig) -> Recipe:
+    """The same net, data and optimizer on clean pictures, for as long as the objective says (UserError)."""
+    changes = {"epochs": objective.clean_epochs, "ema_decay": None, "swa_start_epoch": None, "max_steps": None}
+    clean = recipe.model_copy(
+        update={
+            "objective": StandardConfig(name="standard", label_smoothing=objective.label_smoothing),
+            "train": recipe.train.model_copy(update=changes),
+        }
+    )
+    check_fields(clean, "objective.clean_epochs")
+    return clean
+
+
 def _train(recipe: Recipe, run: Run, mirror: Mirror | None, on_line: OnLine | None) -> dict[str, Any]:
     """Train on the workers while their metrics are shown and mirrored; what `train` returns."""
     trained: dict[str, Any] = {}
-    bar = TrainingProgress(f"{run.name} ({recipe.objective.name})", num_steps(recipe))
+    shown = max((line["step"] for line in run.metrics()), default=0)
+    bar = TrainingProgress(f"{run.name} ({recipe.objective.name})", num_steps(recipe), shown)
     try:
         with nullcontext(on_line) if on_line else bar as show, Follower(run, show):
             if mirror:

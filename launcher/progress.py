@@ -20,10 +20,11 @@ class TrainingProgress:
     Args:
         title: what is being trained.
         num_steps: steps of the whole run.
+        shown: step up to which an earlier launch printed its lines.
     """
 
-    def __init__(self, title: str, num_steps: int):
-        self._title, self._num_steps = title, num_steps
+    def __init__(self, title: str, num_steps: int, shown: int = 0):
+        self._title, self._num_steps, self._shown = title, num_steps, shown
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
@@ -52,7 +53,7 @@ class TrainingProgress:
         if line["step"] >= self._num_steps:
             state += ", evaluating"
         self._bar.update(self._task, completed=line["step"], state=state)
-        if not console.is_terminal:
+        if not console.is_terminal and line["step"] > self._shown:
             left_s = line["time_s"] / line["step"] * (self._num_steps - line["step"])
             console.print(
                 f"{self._title}: step {line['step']}/{self._num_steps}, {state}, {left_s:.0f} s left",

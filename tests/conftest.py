@@ -8,6 +8,7 @@ from pathlib import Path
 # Read when the libraries are imported: nothing phones home from a test.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import hypothesis
 import pytest

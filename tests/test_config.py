@@ -218,7 +218,10 @@ def test_an_unknown_section():
 @pytest.mark.parametrize(
     ("changes", "start"),
     [
-        ({"objective__name": "trade"}, "objective.name: 'trade': one of standard, at, arat"),
+        (
+            {"objective__name": "trade"},
+            "objective.name: 'trade': one of standard, at, trades, mart",
+        ),
         ({"objective__taps": "layer4"}, "objective.taps: 'layer4': input should be 'auto' or input should be a list"),
         ({"objective__gamma": -1}, "objective.gamma: -1: "),
         ({"attack__eps": "3/0"}, "attack.eps: '3/0': "),
@@ -228,7 +231,7 @@ def test_an_unknown_section():
         ({"attack__eps": 0}, "attack.eps: 0: input should be greater than 0"),
         ({"attack__eps": True}, "attack.eps: True: a number would be right"),
         ({"attack__eps": math.nan}, "attack.eps: nan: "),
-        ({"attack__norm": "l1"}, "attack.norm: 'l1': input should be 'linf' or 'l2'"),
+        ({"attack__norm": "l0"}, "attack.norm: 'l0': input should be 'linf', 'l2' or 'l1'"),
         ({"attack__steps": 2.5}, "attack.steps: 2.5: "),
         ({"optim__lr": math.inf}, "optim.lr: inf: input should be a finite number"),
         ({"optim__betas": [0.9, 1]}, "optim.betas.1: 1: input should be less than 1"),
@@ -236,7 +239,9 @@ def test_an_unknown_section():
         ({"train__epochs": "ten"}, "train.epochs: 'ten': "),
         ({"train__global_batch_size": 1}, "train.global_batch_size: 1: "),
         ({"train__ema_decay": 1}, "train.ema_decay: 1: input should be less than 1"),
-        ({"eval__attack": "pgd0"}, "eval.attack: 'pgd0': "),
+        ({"eval__attack": "pgd0"}, "eval.attack: 'pgd0': none, pgdN (N steps), such as pgd20, apgd or apgdN would"),
+        ({"eval__attack": "pgd"}, "eval.attack: 'pgd': "),
+        ({"eval__attack": "apgd0"}, "eval.attack: 'apgd0': "),
         ({"data__val_crop": 0}, "data.val_crop: 0: "),
         ({"model__std": [0, 1, 1]}, "model.std.0: 0: input should be greater than 0"),
         ({"model__mean": [0.5, 0.5]}, "model.mean.2: missing"),
@@ -289,6 +294,11 @@ class Clash:
 CLASHES = [
     Clash({"attack__eps": 2}, ["attack.eps: 2", "at most 1"], {"attack__norm": "l2"}),
     Clash({"eval__eps": 2}, ["eval.eps: 2", "at most 1"], {"eval__norm": "l2"}),
+    Clash(
+        {"attack__norm": "l1", "attack__eps": 3073}, ["attack.eps: 3073", "image_size^2 (3072)"], {"attack__eps": 3072}
+    ),
+    Clash({"eval__norm": "l1", "eval__eps": 3073}, ["eval.eps: 3073", "image_size^2 (3072)"], {"eval__eps": 3072}),
+    Clash({"attack__norm": "l1", "attack__eps": 12, "eval__eps": 3073}, ["eval.eps: 3073"], {"eval__norm": "l2"}),
     Clash({"eval__norm": "l2"}, ["eval.norm: l2", "eval.eps"], {"eval__eps": 0.5}),
     Clash({"attack__step_size": 0.5}, ["attack.step_size: 0.5", "attack.eps"], {"attack__eps": 0.25}),
     Clash({"optim__warmup_epochs": 10}, ["optim.warmup_epochs: 10", "train.epochs (10)"], {"train__epochs": 11}),
@@ -335,7 +345,7 @@ def test_overrides_are_typed(recipe_file):
         recipe_file(MINIMAL),
         [
             ("attack.eps", "4/255"),
-            ("attack.random_start", "off"),
+            ("attack.targeted", "on"),
             ("train.max_steps", "3"),
             ("train.ema_decay", "null"),
             ("optim.weight_decay", "5e-4"),
@@ -346,7 +356,7 @@ def test_overrides_are_typed(recipe_file):
         ],
     )
     assert recipe.attack.eps == 4 / 255
-    assert recipe.attack.random_start is False
+    assert recipe.attack.targeted is True
     assert recipe.train.max_steps == 3
     assert recipe.train.ema_decay is None
     assert recipe.optim.weight_decay == 5e-4
@@ -444,3 +454,37 @@ def test_an_unknown_recipe_lists_the_shipped_ones():
 @pytest.mark.parametrize("path", sorted(shipped_recipes().glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_recipes_load_by_path_and_by_name(path):
     assert load_recipe(path) == load_recipe(path.stem) == load_recipe(f"recipes/{path.name}")
+
+
+# --- recipes on top of others
+
+
+def test_a_base_gives_what_a_recipe_leaves_out(tmp_path):
+    write = lambda name, tree: (tmp_path / name).write_text(yaml.safe_dump(tree))  # noqa: E731
+    write("one.yaml", MINIMAL | {"objective": {"name": "arat", "gamma": 7, "label_smoothing": 0.1}})
+    write("two.yaml", {"base": "one.yaml", "train": {"epochs": 3}, "optim": {"lr": 0.5}})
+    write("three.yaml", {"base": "two.yaml", "objective": {"name": "at"}})
+    one, two, three = (load_recipe(tmp_path / f"{name}.yaml") for name in ("one", "two", "three"))
+    assert (two.train.epochs, two.train.global_batch_size, two.optim.lr) == (3, 64, 0.5)
+    assert two.objective == one.objective
+    # The keys of another method are not taken over.
+    assert three.objective == ATConfig(name="at")
+    assert three.train == two.train
+    assert load_recipe(tmp_path / "three.yaml", [("train.epochs", "4")]).train.epochs == 4
+    assert "base" not in yaml.safe_load(three.to_yaml())
+
+
+@pytest.mark.parametrize(
+    ("base", "message"),
+    [
+        ("a.yaml", "base: .*a.yaml -> .*b.yaml -> .*a.yaml: goes round in a circle"),
+        (3, "base: 3: a recipe's name or its file, beside this one, would be right"),
+        ("nowhere", "nowhere: no such recipe"),
+    ],
+)
+def test_a_base_that_is_none(tmp_path, base, message):
+    (tmp_path / "a.yaml").write_text("base: b.yaml\n")
+    (tmp_path / "b.yaml").write_text(f"base: {base}\n")
+    with pytest.raises(UserError, match=message) as raised:
+        load_recipe(tmp_path / "a.yaml")
+    assert "\n" not in str(raised.value)

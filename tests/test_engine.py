@@ -1,58 +1,86 @@
 """Two gloo processes against one: the same gradients and weights, in float64, attack and unequal shares included."""
 
-import time
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
-from toys import toy_batch, toy_classifier
+from ranks import on_two_ranks
+from toys import Sets, toy_batch, toy_classifier, toy_recipe, toy_setting
 
-from arat_dist.attacks import PGD
+from arat_dist.averaging import MeasuredNorms
 from arat_dist.config import ARATConfig, EngineConfig, OptimConfig
 from arat_dist.data.order import SampleOrder
 from arat_dist.engine import DDPEngine, Rank, average_statistics, build_engine
 from arat_dist.errors import UserError
-from arat_dist.objectives import ARAT, AT, Objective
-from arat_dist.objectives.base import Output
+from arat_dist.objectives import ARAT, AT, Objective, build_objective
+from arat_dist.objectives.base import Output, Setting
+from arat_dist.train import diagnose
 
 CPU = torch.device("cpu")
-ATTACK = PGD("linf", 0.1, 0.04, 2, seed=3)
 OPTIM = OptimConfig(lr=0.1, momentum=0.9, weight_decay=0.01, clip_grad_norm=0.5)
 BATCH = 10  # dealt to two ranks as 6 and 4
 STEPS = 3
+SIDE = 32
+
+# Keys of each method on a net with BatchNorm, and further ones that leave it without batch statistics.
+RECIPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "standard": ({}, {}),
+    "at": ({"label_smoothing": 0.1}, {}),
+    "trades": ({}, {}),
+    "mart": ({}, {}),
+    "lbgat": ({"beta": 6}, {}),
+    "arrest": ({}, {}),
+    "arat": ({"gamma": 3, "adv_weight": 0.25}, {"split_norm": "none", "predictor": False}),
+}
+NORMS = ("batch", "group")
 
 
 def objective(kind: str) -> Objective:
     """Nets whose samples know nothing of each other, so that a batch may be cut anywhere."""
     if kind == "at":
-        return AT(toy_classifier(norm="group", split=False), ATTACK)
+        return AT(toy_classifier(norm="group", split=False), toy_setting(AT, steps=2))
     keys = {"split_norm": "none", "predictor": False, "gamma": 3, "adv_weight": 0.25}
     config = ARATConfig.model_validate({"name": "arat", **keys})
-    arat = ARAT(toy_classifier(norm="group", split=False), ATTACK, config, precision="fp32")
+    arat = ARAT(toy_classifier(norm="group", split=False), toy_setting(ARAT, steps=2), config)
     return arat.double()
 
 
-def run_steps(kind: str, rank: Rank) -> dict[str, Any]:
-    """Three steps as `train` takes them, on this rank's share."""
-    module = objective(kind)
+def from_recipe(name: str, norm: str) -> Objective:
+    """The method on a small timm net with BatchNorm over all ranks, or with GroupNorm, which keeps samples apart."""
+    keys, without_statistics = RECIPES[name]
+    args = {"channels": [8, 8, 8, 8], "stem_width": 8, "zero_init_last": False}
+    if norm == "group":
+        args, keys = {**args, "norm_layer": "groupnorm1"}, {**keys, **without_statistics}
+    recipe = toy_recipe(
+        Sets("", ""),
+        data={"image_size": SIDE},
+        model={"args": args},
+        objective={"name": name, **keys},
+        attack={"steps": 2},
+        train={"sync_norms": norm == "batch"},
+    )
+    torch.manual_seed(0)
+    return build_objective(recipe).double()
+
+
+def run_steps(module: Objective, rank: Rank, num_steps: int = STEPS) -> dict[str, Any]:
+    """Steps as `train` takes them, on this rank's share."""
     if rank.index:  # DDP hands out the first rank's weights
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter.add_(1)
     engine = build_engine(module, EngineConfig(), OPTIM, rank)
-    order = SampleOrder(BATCH * STEPS, BATCH, 1, 0)
-    images, labels, _ = toy_batch(BATCH * STEPS)
+    order = SampleOrder(BATCH * num_steps, BATCH, 1, 0)
+    images, labels, _ = toy_batch(BATCH * num_steps, side=SIDE)
     result: dict[str, Any] = {"gradients": [], "norms": [], "sizes": []}
-    for step in range(STEPS):
+    for step in range(num_steps):
         keys = torch.from_numpy(order.share(step, rank.index, rank.world_size))
         engine.set_lr(0.1 / (step + 1))
         out = engine(images[keys], labels[keys], keys)
         engine.backward(out.loss * (len(keys) * rank.world_size / BATCH))
-        result["gradients"].append([p.grad.clone() for p in engine.objective.parameters() if p.grad is not None])
+        parameters = engine.objective.named_parameters()
+        result["gradients"].append({name: p.grad.clone() for name, p in parameters if p.grad is not None})
         result["norms"].append(engine.gradient_norm().clone())
         result["sizes"].append(len(keys))
         engine.step()
@@ -64,7 +92,7 @@ def run_steps(kind: str, rank: Rank) -> dict[str, Any]:
 
 def run_statistics(rank: Rank) -> dict[str, Any]:
     """Two steps of a net with BatchNorm: statistics before and after they are averaged."""
-    engine = build_engine(BothBranches(toy_classifier()), EngineConfig(), OPTIM, rank)
+    engine = build_engine(BothBranches(toy_classifier(), Setting()), EngineConfig(), OPTIM, rank)
     images, labels, keys = toy_batch(BATCH)
     half = slice(0, 6) if rank.index == 0 else slice(6, 10)
     for _ in range(2):
@@ -75,65 +103,71 @@ def run_statistics(rank: Rank) -> dict[str, Any]:
     return {"own": own, "averaged": dict(engine.objective.named_buffers())}
 
 
+def run_diagnostics(rank: Rank, norm: str) -> dict[str, torch.Tensor]:
+    """What the diagnostics measure in a first step."""
+    module = from_recipe("arat", norm)
+    images, labels, _ = toy_batch(BATCH, side=SIDE)
+    keys = torch.from_numpy(SampleOrder(BATCH, BATCH, 1, 0).share(0, rank.index, rank.world_size))
+    out = module(images[keys], labels[keys], keys)
+    return diagnose(module, out.terms, len(keys) * rank.world_size / BATCH, rank)
+
+
+def run_measured(rank: Rank) -> dict[str, torch.Tensor]:
+    """Statistics of the first norm over pictures that are shared unevenly."""
+    net = toy_classifier()
+    images, _, _ = toy_batch(BATCH)
+    share = images if rank.world_size == 1 else images[:6] if rank.index == 0 else images[6:]
+    with MeasuredNorms(net) as norms:
+        with torch.no_grad(), norms.measuring(), net.branch("clean"):
+            net(share / 255.0)
+        norms.write(rank)
+    return {name: value for name, value in net.named_buffers() if "norm1" in name}
+
+
 class BothBranches(Objective):
     """Both branches in one loss, each on its own pictures."""
 
-    def losses(self, pixels: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor) -> Output:
+    def losses(self, pixels: torch.Tensor, targets: torch.Tensor, keys: torch.Tensor) -> Output:
         with self.classifier.branch("adv"):
-            adv = self.cross_entropy(self.classifier(pixels), labels)
+            adv = self.cross_entropy(self.classifier(pixels), targets)
         with self.classifier.branch("clean"):
-            clean = self.cross_entropy(self.classifier(1 - pixels), labels)
+            clean = self.cross_entropy(self.classifier(1 - pixels), targets)
         return Output(adv + clean, {})
 
 
-def _worker(index: int, world_size: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=index,
-        world_size=world_size,
-        timeout=timedelta(seconds=60),
-    )
-    rank = Rank(index, world_size, CPU)
-    result = {kind: run_steps(kind, rank) for kind in ("at", "arat")}
+def run_all(rank: Rank) -> dict[str, Any]:
+    result = {kind: run_steps(objective(kind), rank) for kind in ("at", "arat")}
+    result |= {f"{name} {norm}": run_steps(from_recipe(name, norm), rank, 1) for name in RECIPES for norm in NORMS}
     result["statistics"] = run_statistics(rank)
-    dist.barrier()
-    torch.save(result, Path(folder) / f"rank{index}.pt")
-    dist.destroy_process_group()
+    result["diagnostics"] = {norm: run_diagnostics(rank, norm) for norm in NORMS}
+    result["measured"] = run_measured(rank)
+    return result
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes computed."""
-    folder = tmp_path_factory.mktemp("two")
-    context = spawn(_worker, args=(2, str(folder)), nprocs=2, join=False)
-    assert context is not None
-    deadline = time.monotonic() + 90
-    try:
-        while not context.join(timeout=1):
-            assert time.monotonic() < deadline, "the two processes hang"
-    finally:
-        for process in filter(None, context.processes):
-            process.kill()
-            process.join()
-    return [torch.load(folder / f"rank{index}.pt") for index in range(2)]
+    return on_two_ranks(run_all, tmp_path_factory.mktemp("two"))
 
 
 def assert_close(a: torch.Tensor, b: torch.Tensor, what: object) -> None:
     torch.testing.assert_close(a, b, rtol=0, atol=1e-9, msg=lambda m: f"{what}: {m}")
 
 
+def assert_gradients_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], what: str) -> None:
+    assert set(a) == set(b) != set()
+    for name, gradient in b.items():
+        assert_close(a[name], gradient, f"{what}, gradient of {name}")
+
+
 @pytest.mark.parametrize("kind", ["at", "arat"])
 def test_two_processes_equal_one(two, kind):
-    one = run_steps(kind, Rank(0, 1, CPU))
+    one = run_steps(objective(kind), Rank(0, 1, CPU))
     assert one["sizes"] == [10] * 3
     assert [part[kind]["sizes"] for part in two] == [[6] * 3, [4] * 3]
     for part in two:
         for step in range(STEPS):
-            assert len(part[kind]["gradients"][step]) == len(one["gradients"][step]) > 0
-            for i, (a, b) in enumerate(zip(part[kind]["gradients"][step], one["gradients"][step], strict=True)):
-                assert_close(a, b, f"step {step}, gradient {i}")
+            assert_gradients_close(part[kind]["gradients"][step], one["gradients"][step], f"step {step}")
             assert_close(part[kind]["norms"][step], one["norms"][step], f"step {step}, norm")
         for name, value in part[kind]["state"].items():
             assert_close(value, one["state"][name], name)
@@ -141,6 +175,42 @@ def test_two_processes_equal_one(two, kind):
             assert_close(state["momentum_buffer"], one["optimizer"][key]["momentum_buffer"], key)
     start = objective(kind).state_dict()
     assert any((one["state"][name] - value).abs().max() > 1e-3 for name, value in start.items())
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_step_of_every_method_is_the_same_on_two_ranks(two, name, norm):
+    """The attack included: BatchNorm's statistics, in it too, span both ranks' unequal shares."""
+    module = from_recipe(name, norm)
+    one = run_steps(module, Rank(0, 1, CPU), 1)
+    assert set(one["gradients"][0]) == {key for key, p in module.named_parameters() if p.requires_grad}
+    parts = [part[f"{name} {norm}"] for part in two]
+    assert [part["sizes"] for part in parts] == [[6], [4]]
+    for part in parts:
+        assert_gradients_close(part["gradients"][0], one["gradients"][0], norm)
+        for key, value in one["state"].items():
+            assert_close(part["state"][key], value, key)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_diagnostics_are_the_same_on_two_ranks(two, norm):
+    one = run_diagnostics(Rank(0, 1, CPU), norm)
+    assert {"gradient_cosine", "gradient_opposed", "gradient_cosine_layer1", "gradient_opposed_layer4"} < set(one)
+    assert ("branch_mean_distance" in one) == (norm == "batch")
+    for part in two:
+        assert set(part["diagnostics"][norm]) == set(one)
+        for name, value in one.items():
+            assert_close(part["diagnostics"][norm][name], value, name)
+
+
+def test_measured_statistics_are_summed_over_the_ranks(two):
+    one = run_measured(Rank(0, 1, CPU))
+    before = dict(toy_classifier().named_buffers())
+    assert not torch.equal(one["backbone.norm1.clean.running_mean"], before["backbone.norm1.clean.running_mean"])
+    assert torch.equal(one["backbone.norm1.adv.running_mean"], before["backbone.norm1.adv.running_mean"])
+    for part in two:
+        for name, value in one.items():
+            assert_close(part["measured"][name], value, name)
 
 
 def test_statistics_are_each_ranks_own_until_they_are_averaged(two):

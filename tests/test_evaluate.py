@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from toys import BlotchSource, Sets, toy_classifier, toy_recipe
 
-from arat_dist.attacks import PGD
+from arat_dist.attacks import APGD, PGD
 from arat_dist.config import EvalConfig
 from arat_dist.data.loader import val_loader
 from arat_dist.engine import Rank
@@ -57,8 +57,8 @@ def written_out(net: Classifier, indices: range, settings: EvalConfig, branch: A
             x = torch.tensor(picture).permute(2, 0, 1)[None].double() / 255
             y = torch.tensor([label])
             steps = int(settings.attack[3:])
-            attack = PGD(settings.norm, settings.eps, settings.eps / 4, steps, True, settings.seed)
-            moved = attack(lambda x, y=y: F.cross_entropy(net(x), y), x, torch.tensor([index]))
+            attack = PGD(settings.norm, settings.eps, settings.eps / 4, steps, "uniform", settings.seed)
+            moved = attack(lambda x, y=y: F.cross_entropy(net(x), y, reduction="none"), x, torch.tensor([index]))
             before, after = (int(net(each).argmax()) == label for each in (x, moved))
             clean, robust = clean + before, robust + (before and after)
     return clean, robust
@@ -158,6 +158,18 @@ def test_eps_norm_and_steps_are_those_given(net, sets: Sets):
 def test_the_attack_takes_norm_and_eps_from_training_unless_told_otherwise(sets: Sets):
     attack = {"norm": "l2", "eps": 0.5, "step_size": 0.1}
     taken = eval_config(toy_recipe(sets, attack=attack, eval={"attack": "pgd7", "seed": 4}))
-    assert evaluation_attack(taken) == PGD("l2", 0.5, 0.125, 7, True, 4)
+    assert evaluation_attack(taken) == PGD("l2", 0.5, 0.125, 7, "uniform", 4)
     told = eval_config(toy_recipe(sets, attack=attack, eval={"norm": "linf", "eps": "4/255"}))
-    assert evaluation_attack(told) == PGD("linf", 4 / 255, 1 / 255, 2, True, 0)
+    assert evaluation_attack(told) == PGD("linf", 4 / 255, 1 / 255, 2, "uniform", 0)
+
+
+@pytest.mark.parametrize(("name", "steps"), [("apgd", 100), ("apgd5", 5)])
+@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
+def test_apgd_is_known_by_its_name(net, sets: Sets, norm, name, steps):
+    assert evaluation_attack(config(attack=name, norm=norm, seed=4)) == APGD(norm, 0.02, steps, "uniform", 4)
+    if name == "apgd5":
+        radius = {"linf": 0.02, "l2": 0.3, "l1": 5.0}[norm]
+        settings = config(attack=name, norm=norm, eps=radius)
+        scores = evaluate(net, toy_recipe(sets).data, settings, Rank(0, 1, CPU))
+        assert (scores.num_robust or 0) < scores.num_clean
+        assert (scores.attack, scores.attack_steps, scores.norm) == ("apgd5", 5, norm)

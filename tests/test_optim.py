@@ -5,12 +5,11 @@ import math
 import pytest
 import timm
 import torch
-from toys import ToyNet, toy_batch, toy_classifier
+from toys import ToyNet, toy_classifier, toy_setting
 
-from arat_dist.attacks import PGD
 from arat_dist.config import ARATConfig, OptimConfig
 from arat_dist.objectives import ARAT
-from arat_dist.optim import build_ema, build_optimizer, lr_at
+from arat_dist.optim import build_optimizer, lr_at
 
 
 def config(**keys) -> OptimConfig:
@@ -80,7 +79,7 @@ def exempt_names(module: torch.nn.Module, **keys) -> set[str]:
 
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_norms_and_biases_of_both_branches_and_the_predictors_are_not_decayed(name):
-    arat = ARAT(toy_classifier(), PGD("linf", 0.1, 0.1, 1), ARATConfig(name="arat"), precision="fp32")
+    arat = ARAT(toy_classifier(), toy_setting(ARAT), ARATConfig(name="arat"))
     decayed = {f"classifier.backbone.{part}.weight" for part in ("conv1", "conv2", "fc")}
     decayed |= {f"predictors.{i}.{j}.weight" for i in (0, 1) for j in (0, 3)}
     everything = {n for n, _ in arat.named_parameters()}
@@ -107,29 +106,3 @@ def test_the_optimizer_is_the_one_that_the_recipe_names():
     adamw = build_optimizer(net, config(name="adamw", betas=(0.8, 0.9)))
     assert isinstance(adamw, torch.optim.AdamW)
     assert tuple(adamw.param_groups[0]["betas"]) == (0.8, 0.9)
-
-
-def test_ema_equals_the_formula_written_out_statistics_included():
-    classifier = toy_classifier()
-    ema = build_ema(classifier, 0.25)
-    optimizer = torch.optim.SGD(classifier.parameters(), lr=0.1)
-    expected: dict[str, torch.Tensor] = {}
-    for step in range(4):
-        images, labels, _ = toy_batch(seed=step)
-        for branch in ("adv", "clean"):
-            with classifier.branch(branch):
-                torch.nn.functional.cross_entropy(classifier(images / 255.0), labels).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.update_parameters(classifier)
-        for name, value in classifier.state_dict().items():
-            if value.is_floating_point():
-                # The first update takes the weights as they are, the next ones mix more than they will in the end.
-                decay = min(0.25, (1 + step) / (10 + step))
-                expected[name] = decay * expected[name] + (1 - decay) * value if step else value.clone()
-    averaged = ema.module.state_dict()
-    assert any("clean.running_var" in name for name in expected)
-    for name, value in expected.items():
-        torch.testing.assert_close(averaged[name], value, rtol=0, atol=1e-12)
-    for name in ("conv1.weight", "norm1.clean.running_var", "norm2.adv.weight"):
-        assert not torch.equal(averaged[f"backbone.{name}"], classifier.state_dict()[f"backbone.{name}"]), name

@@ -41,7 +41,6 @@ def test_a_recipe_that_can_run_passes(sets: Sets):
 )
 def test_what_can_not_run_is_one_line(sets: Sets, monkeypatch, changed: dict[str, Any], start, contains):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError) as caught:
         check_recipe(toy_recipe(sets, **changed))
     message = str(caught.value)

@@ -251,7 +251,7 @@ def test_a_checkpoint_holds_what_all_ranks_counted(sets: Sets, tmp_path):
     engine = build_engine(build_objective(recipe), recipe.engine, recipe.optim, rank)
     engine(*toy_batch(8, side=16))
     run = Run(str(tmp_path), "run")
-    save(run, engine, None, rank, 1, keep=1)
+    save(run, engine, {}, rank, 1, keep=1)
     weights = newest(run).weights["model"]
     assert weights["counts"][1] == 3 * 8
     assert weights["local_counts"].tolist() == [0, 0]

@@ -27,7 +27,7 @@ def test_it_holds_the_packages_and_the_recipes_and_nothing_else(wheel):
     python = {
         file.relative_to(ROOT).as_posix() for top in ("arat_dist", "launcher") for file in (ROOT / top).rglob("*.py")
     }
-    recipes = {f"arat_dist/recipes/{file.name}" for file in (ROOT / "recipes").glob("*.yaml")}
+    recipes = {f"arat_dist/{file.relative_to(ROOT).as_posix()}" for file in (ROOT / "recipes").rglob("*.yaml")}
     assert recipes
     assert python | recipes <= held
     assert [name for name in held if name.startswith(("tests/", "recipes/", "benchmarks/", "docs/"))] == []

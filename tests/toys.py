@@ -9,9 +9,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from arat_dist.config import Recipe
+from arat_dist.config import AttackConfig, Recipe
 from arat_dist.models.classifier import Classifier
 from arat_dist.models.split_norm import split_norms
+from arat_dist.objectives.attack import TrainingAttack
+from arat_dist.objectives.base import Objective, Setting
 from arat_dist.recipe import parse_recipe
 
 
@@ -25,9 +27,17 @@ class ToyNet(nn.Module):
         self.norm2 = nn.BatchNorm2d(width) if norm == "batch" else nn.GroupNorm(2, width)
         self.fc = nn.Linear(width, 3)
 
+    def forward_features(self, x: Tensor) -> Tensor:
+        return self.norm2(self.conv2(self.norm1(self.conv1(x)).relu())).relu()
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return x.mean((2, 3)) if pre_logits else self.fc(x.mean((2, 3)))
+
+    def get_classifier(self) -> nn.Module:
+        return self.fc
+
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm1(self.conv1(x)).relu()
-        return self.fc(self.norm2(self.conv2(x)).relu().mean((2, 3)))
+        return self.forward_head(self.forward_features(x))
 
 
 def toy_classifier(*, norm: Literal["batch", "group"] = "batch", split: bool = True, seed: int = 0) -> Classifier:
@@ -42,6 +52,17 @@ def toy_classifier(*, norm: Literal["batch", "group"] = "batch", split: bool = T
         for parameter in classifier.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
     return classifier
+
+
+ATTACK = {"eps": 0.1, "step_size": 0.04, "steps": 3}
+
+
+def toy_setting(
+    method: type[Objective], *, seed: int = 5, precision: str = "fp32", label_smoothing: float = 0.0, **attack: Any
+) -> Setting:
+    """What a recipe would give to a method; keys of the attack come on top of `ATTACK`."""
+    config = AttackConfig.model_validate(ATTACK | attack)
+    return Setting(TrainingAttack(config, method.attack_defaults, seed), precision, label_smoothing)
 
 
 def toy_batch(count: int = 12, *, side: int = 8, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:

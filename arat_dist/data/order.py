@@ -156,6 +156,11 @@ class _Shares(Sequence[Keys]):
         return self.order.share(self.steps[index], self.rank, self.world_size)
 
 
+def spread(num_samples: int, limit: int) -> Keys:
+    """`limit` indices evenly over a set, int64: sets are often sorted by class."""
+    return np.arange(limit, dtype=np.int64) * num_samples // limit
+
+
 def eval_shares(num_samples: int, batch_size: int, rank: int, world_size: int) -> list[Keys]:
     """Batches of indices, int64 [<= batch_size] each, that `rank` evaluates.
 

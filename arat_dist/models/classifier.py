@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,13 @@ class Classifier(nn.Module):
         with Recorder(self.backbone, self.taps).recording() as features:
             logits = self(pixels)
         return logits, [feature for (feature,) in features]
+
+    def forward_with_penultimate(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """Pixels float [B,3,H,W] in [0,1] -> logits [B,num_classes] and the features [B,d] before the last layer."""
+        net: Any = self.backbone
+        features = net.forward_features((pixels - self.mean) / self.std)
+        penultimate = net.forward_head(features, pre_logits=True)
+        return net.get_classifier()(penultimate), penultimate
 
 
 def build_classifier(

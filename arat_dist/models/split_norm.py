@@ -67,7 +67,7 @@ def split_norms(net: nn.Module, kind: Literal["batch", "layer"]) -> Switch:
     """Replace, in place, every norm layer of `net` by a SplitNorm whose branches both start from it.
 
     Args:
-        net: a backbone; synchronise its BatchNorm before, not after.
+        net: a backbone, its norms synchronised or not; `synchronise_norms` may also follow.
         kind: batch (BatchNorm and kin), or layer (LayerNorm and kin too).
 
     Returns:
@@ -111,7 +111,7 @@ def fold_branch(state_dict: Mapping[str, Tensor], branch: Branch = "adv") -> dic
 class AttackMode:
     """Puts a net into the mode that an attack wants: `with attack_mode("batch"): ...`.
 
-    The modules are listed once, here: make it after norms are split or synchronised.
+    The modules are listed once, here: make it after norms are split. `synchronise_norms`, which keeps them, may follow.
     """
 
     def __init__(self, module: nn.Module) -> None:

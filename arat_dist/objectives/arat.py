@@ -8,16 +8,14 @@ predictor, sg the stop-gradient. The paper's ablation is the switches of `ARATCo
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arat_dist.attacks import PGD
 from arat_dist.config import ARATConfig
+from arat_dist.losses import hard_labels
 from arat_dist.models.classifier import Classifier
-from arat_dist.objectives.base import AllReduce, Objective, Output, accuracy
+from arat_dist.objectives.base import AllReduce, Objective, Output, Setting, accuracy
 
 
 class ARAT(Objective):
@@ -31,18 +29,8 @@ class ARAT(Objective):
     counts: Tensor
     local_counts: Tensor
 
-    def __init__(
-        self,
-        classifier: Classifier,
-        attack: PGD,
-        config: ARATConfig,
-        *,
-        norm_stats: Literal["batch", "running"] = "batch",
-        precision: str,
-    ):
-        super().__init__(
-            classifier, attack, norm_stats=norm_stats, precision=precision, label_smoothing=config.label_smoothing
-        )
+    def __init__(self, classifier: Classifier, setting: Setting, config: ARATConfig):
+        super().__init__(classifier, setting)
         self.config = config
         dims = classifier.tap_dims if config.predictor else ()
         self.predictors = nn.ModuleList(Predictor(dim) for dim in dims)
@@ -50,33 +38,37 @@ class ARAT(Objective):
         self.register_buffer("counts", torch.zeros(2, dtype=torch.int64))
         self.register_buffer("local_counts", torch.zeros(2, dtype=torch.int64))
 
-    def losses(self, pixels: Tensor, labels: Tensor, keys: Tensor) -> Output:
+    def losses(self, pixels: Tensor, targets: Tensor, keys: Tensor) -> Output:
         """Attack the adv branch, run both branches, weigh the three terms."""
-        adversarial = self.perturb(pixels, labels, keys)
+        adversarial = self.perturb(pixels, targets, keys)
         with self.classifier.branch("adv"):
             adv_logits, adv_features = self.classifier.forward_with_taps(adversarial)
         with self.classifier.branch("clean"):
             clean_logits, clean_features = self.classifier.forward_with_taps(pixels)
-        self._count(clean_logits, labels)
+        self._count(clean_logits, targets)
 
-        adv = self.cross_entropy(adv_logits, labels)
-        clean = self.cross_entropy(clean_logits, labels)
+        adv = self.cross_entropy(adv_logits, targets)
+        clean = self.cross_entropy(clean_logits, targets)
         invariance = self.invariance(adv_features, clean_features)
-        loss = self.adv_weight * adv + (1 - self.adv_weight) * clean + self.config.gamma * invariance
+        classification = self.adv_weight * adv + (1 - self.adv_weight) * clean
+        weighted = self.config.gamma * invariance
         return Output(
-            loss,
+            classification + weighted,
             {
                 "loss_adv": adv.detach(),
                 "loss_clean": clean.detach(),
                 "loss_invariance": invariance.detach(),
-                "clean_accuracy": accuracy(clean_logits, labels),
-                "robust_accuracy": accuracy(adv_logits, labels),
+                "clean_accuracy": accuracy(clean_logits, targets),
+                "robust_accuracy": accuracy(adv_logits, targets),
                 "adv_weight": self.adv_weight.detach().clone(),
             },
+            {"classification": classification, "invariance": weighted},
         )
 
     def invariance(self, adv_features: list[Tensor], clean_features: list[Tensor]) -> Tensor:
         """Mean over the taps of the distance between the branches' features, [B, d_l] each; 0-d."""
+        if not adv_features:
+            return self.adv_weight.new_zeros(())
         predictors = self.predictors if self.config.predictor else [nn.Identity()] * len(adv_features)
         follow = [
             self._distance(predictor(adv), self._target(clean))
@@ -114,10 +106,10 @@ class ARAT(Objective):
                 return F.mse_loss(prediction, target)
             return (1 - F.cosine_similarity(prediction, target)).mean()
 
-    def _count(self, clean_logits: Tensor, labels: Tensor) -> None:
+    def _count(self, clean_logits: Tensor, targets: Tensor) -> None:
         with torch.no_grad():
-            self.local_counts[0] += (clean_logits.argmax(1) == labels).sum()
-            self.local_counts[1] += len(labels)
+            self.local_counts[0] += (clean_logits.argmax(1) == hard_labels(targets)).sum()
+            self.local_counts[1] += len(targets)
 
 
 class Predictor(nn.Sequential):

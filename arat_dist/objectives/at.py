@@ -10,8 +10,10 @@ from arat_dist.objectives.base import Objective, Output, accuracy
 class AT(Objective):
     """CE(f(x'), y)."""
 
-    def losses(self, pixels: Tensor, labels: Tensor, keys: Tensor) -> Output:
+    trains_on = ("adv",)
+
+    def losses(self, pixels: Tensor, targets: Tensor, keys: Tensor) -> Output:
         """Adversarial pictures only."""
-        logits = self.classifier(self.perturb(pixels, labels, keys))
-        loss = self.cross_entropy(logits, labels)
-        return Output(loss, {"loss_adv": loss.detach(), "robust_accuracy": accuracy(logits, labels)})
+        logits = self.classifier(self.perturb(pixels, targets, keys))
+        loss = self.cross_entropy(logits, targets)
+        return Output(loss, {"loss_adv": loss.detach(), "robust_accuracy": accuracy(logits, targets)})

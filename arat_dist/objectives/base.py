@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arat_dist.attacks import PGD
+from arat_dist.losses import hard_labels
+from arat_dist.mixing import Mixing
 from arat_dist.models.classifier import Classifier
-from arat_dist.models.split_norm import AttackMode
+from arat_dist.models.split_norm import AttackMode, Branch
+from arat_dist.objectives.attack import AttackDefaults, TrainingAttack
 
 AllReduce = Callable[[Tensor], Tensor]
 """Sum of a tensor over all ranks."""
@@ -19,16 +23,37 @@ AllReduce = Callable[[Tensor], Tensor]
 COMPUTE_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
 
-class Output(NamedTuple):
+@dataclass(frozen=True)
+class Output:
     """What a step yields.
 
-    loss: 0-d, the mean over this rank's samples.
-    metrics: flat, 0-d tensors still on the device, each a mean over this rank's samples; parts of the loss are named
-        loss_PART, accuracies PART_accuracy.
+    Attributes:
+        loss: 0-d, the mean over this rank's samples.
+        metrics: flat, 0-d tensors still on the device, each a mean over this rank's samples; parts of the loss are
+            named loss_PART, accuracies PART_accuracy.
+        terms: the weighted parts of the loss, 0-d with their graph, whose gradients the diagnostics compare.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor]
+    terms: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a recipe gives to every method.
+
+    Attributes:
+        attack: the attack in training.
+        precision: "fp32" or "bf16"; one autocast region spans the attack and the training passes.
+        label_smoothing: mass of the target spread over all classes.
+        mixing: blends pictures and labels in pairs, None for pictures as they are.
+    """
+
+    attack: TrainingAttack | None = None
+    precision: str = "fp32"
+    label_smoothing: float = 0.0
+    mixing: Mixing | None = None
 
 
 class Objective(nn.Module):
@@ -36,28 +61,24 @@ class Objective(nn.Module):
 
     Args:
         classifier: the net in training; what the export takes home.
-        attack: the attack in training, None where the method needs none.
-        norm_stats: which statistics BatchNorm uses in the attack.
-        precision: "fp32" or "bf16"; one autocast region spans the attack and the training passes.
-        label_smoothing: mass of the target spread over all classes.
+        setting: what the recipe gives to every method.
     """
 
-    def __init__(
-        self,
-        classifier: Classifier,
-        attack: PGD | None = None,
-        *,
-        norm_stats: Literal["batch", "running"] = "batch",
-        precision: str = "fp32",
-        label_smoothing: float = 0.0,
-    ):
+    attack_defaults: ClassVar[AttackDefaults] = AttackDefaults()
+    trains_on: tuple[Branch, ...] = ("adv", "clean")
+    """What pictures go through the net in training."""
+
+    def __init__(self, classifier: Classifier, setting: Setting):
         super().__init__()
         self.classifier = classifier
-        self.attack = attack
-        self.label_smoothing = label_smoothing
-        self._norm_stats = norm_stats
-        self._dtype = COMPUTE_DTYPES[precision]
+        self._setting = setting
+        self._dtype = COMPUTE_DTYPES[setting.precision]
         self._attack_mode = AttackMode(classifier)
+        self.begin_step(math.inf)
+
+    def begin_step(self, epoch: float) -> None:
+        """Set what changes in the course of the run; `epoch` counts from 0, in parts of one."""
+        self._attack = self._setting.attack and self._setting.attack.at(epoch)
 
     def forward(self, images: Tensor, labels: Tensor, keys: Tensor) -> Output:
         """One step's forward.
@@ -67,12 +88,20 @@ class Objective(nn.Module):
             labels: int64 [B].
             keys: int64 [B], names of the samples' visits, from which the attack's start is drawn.
         """
-        pixels = to_pixels(images, self.classifier.dtype)
+        pixels, targets = to_pixels(images, self.classifier.dtype), labels
+        if self._setting.mixing is not None:
+            pixels, targets = self._setting.mixing(pixels, labels, keys)
         with torch.autocast(images.device.type, dtype=self._dtype, enabled=self._dtype is not None):
-            return self.losses(pixels, labels, keys)
+            return self.losses(pixels, targets, keys)
 
-    def losses(self, pixels: Tensor, labels: Tensor, keys: Tensor) -> Output:
-        """The method itself, on pixels in [0,1]; runs inside the autocast region."""
+    def losses(self, pixels: Tensor, targets: Tensor, keys: Tensor) -> Output:
+        """The method itself; runs inside the autocast region.
+
+        Args:
+            pixels: float [B,3,H,W] in [0,1].
+            targets: int64 [B], or shares of the classes [B,C] where pictures are mixed.
+            keys: int64 [B].
+        """
         raise NotImplementedError
 
     def sync(self, all_reduce: AllReduce) -> None:
@@ -81,15 +110,29 @@ class Objective(nn.Module):
     def end_epoch(self, all_reduce: AllReduce) -> None:
         """Refresh what the method adapts once an epoch."""
 
-    def perturb(self, pixels: Tensor, labels: Tensor, keys: Tensor) -> Tensor:
-        """Adversarial pictures against the adv branch's cross-entropy; changes no buffer and no weight's gradient."""
-        assert self.attack is not None
-        with self._attack_mode(self._norm_stats), self.classifier.branch("adv"):
-            return self.attack(lambda x: F.cross_entropy(self.classifier(x), labels, reduction="sum"), pixels, keys)
+    def inputs(self, classifier: Classifier, pixels: Tensor, labels: Tensor, keys: Tensor) -> dict[Branch, Tensor]:
+        """What a net like this one is trained on, for each branch: clean pixels, or pixels attacked for it."""
+        return {
+            branch: pixels if branch == "clean" else self.perturb_net(classifier, pixels, labels, keys)
+            for branch in self.trains_on
+        }
 
-    def cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+    def perturb(self, pixels: Tensor, targets: Tensor, keys: Tensor) -> Tensor:
+        """Adversarial pictures against the adv branch; changes no buffer and no weight's gradient."""
+        return self.perturb_net(self.classifier, pixels, targets, keys)
+
+    def perturb_net(self, classifier: Classifier, pixels: Tensor, targets: Tensor, keys: Tensor) -> Tensor:
+        """`perturb` against a net of the same kind, an average of weights for example."""
+        setting, attack = self._setting.attack, self._attack
+        assert setting is not None
+        assert attack is not None
+        mode = self._attack_mode if classifier is self.classifier else AttackMode(classifier)
+        with mode(setting.norm_stats), classifier.branch("adv"):
+            return attack(setting.loss(classifier, pixels, targets, keys), pixels, keys)
+
+    def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy with the recipe's label smoothing."""
-        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        return F.cross_entropy(logits, targets, label_smoothing=self._setting.label_smoothing)
 
 
 def to_pixels(images: Tensor, dtype: torch.dtype) -> Tensor:
@@ -97,6 +140,6 @@ def to_pixels(images: Tensor, dtype: torch.dtype) -> Tensor:
     return images.to(dtype).div_(255)
 
 
-def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+def accuracy(logits: Tensor, targets: Tensor) -> Tensor:
     """Share of right answers, 0-d float, on the device."""
-    return (logits.detach().argmax(1) == labels).float().mean()
+    return (logits.detach().argmax(1) == hard_labels(targets)).float().mean()

@@ -10,8 +10,10 @@ from arat_dist.objectives.base import Objective, Output, accuracy
 class Standard(Objective):
     """CE(f(x), y)."""
 
-    def losses(self, pixels: Tensor, labels: Tensor, keys: Tensor) -> Output:  # noqa: ARG002
+    trains_on = ("clean",)
+
+    def losses(self, pixels: Tensor, targets: Tensor, keys: Tensor) -> Output:  # noqa: ARG002
         """Clean pictures only."""
         logits = self.classifier(pixels)
-        loss = self.cross_entropy(logits, labels)
-        return Output(loss, {"loss_clean": loss.detach(), "clean_accuracy": accuracy(logits, labels)})
+        loss = self.cross_entropy(logits, targets)
+        return Output(loss, {"loss_clean": loss.detach(), "clean_accuracy": accuracy(logits, targets)})

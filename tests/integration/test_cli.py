@@ -218,6 +218,10 @@ def test_bad_evaluations_are_refused(finished, digits, tmp_path, monkeypatch, ca
         (["eval", run, "--attack", "deepfool"], "--attack: 'deepfool'"),
         (["eval", run, "--norm", "l2"], "--eps: missing"),
         (["eval", run, "--norm", "l7"], "--norm: 'l7'"),
+        (
+            ["eval", run, "--norm", "l1", "--eps", "3073"],
+            "--eps: 3073: pixels are in [0,1], so l1 eps is at most 3*image_size^2",
+        ),
         (["eval", run, "--weights", "ema"], "--weights: ema"),
         (["eval", run, "--data", "seven.beton"], "seven.beton: has 7 classes, the net has 10"),
         (["eval", export], "--data: missing"),

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from toys import toy_batch, toy_classifier
+from toys import toy_batch, toy_classifier, toy_setting
 
 from arat_dist.attacks import PGD
 from arat_dist.config import ARATConfig
@@ -21,7 +21,8 @@ SUM: Callable[[Tensor], Tensor] = lambda x: x  # noqa: E731 - one rank's all-red
 def build(*, norm_stats: Any = "batch", precision: str = "fp32", norm: Any = "batch", **keys: Any) -> ARAT:
     config = ARATConfig.model_validate({"name": "arat", "gamma": 3, "balance": "fixed", "adv_weight": 0.25, **keys})
     classifier = toy_classifier(split=config.split_norm != "none", norm=norm)
-    arat = ARAT(classifier, ATTACK, config, norm_stats=norm_stats, precision=precision).double().train()
+    setting = toy_setting(ARAT, norm_stats=norm_stats, precision=precision, label_smoothing=config.label_smoothing)
+    arat = ARAT(classifier, setting, config).double().train()
     with torch.no_grad():
         for parameter in arat.predictors.parameters():
             parameter.add_(0.2 * torch.randn_like(parameter))
@@ -206,11 +207,11 @@ def test_the_attack_changes_no_buffer_no_flag_and_no_gradient_and_climbs_the_adv
         with torch.no_grad(), arat._attack_mode(norm_stats), arat.classifier.branch(branch):
             return F.cross_entropy(arat.classifier(x), labels)
 
-    start = PGD("linf", 0.1, 0.04, 0, seed=5)(lambda x: x.sum(), pixels, keys)
+    start = PGD("linf", 0.1, 0.04, 0, seed=5)(lambda x: x.sum((1, 2, 3)), pixels, keys)
     assert loss(adversarial, "adv") > loss(start, "adv") + 0.05
     # The gradient is the adv branch's: the same attack on the clean branch is another.
     with arat._attack_mode(norm_stats), arat.classifier.branch("clean"):
-        other = ATTACK(lambda x: F.cross_entropy(arat.classifier(x), labels, reduction="sum"), pixels, keys)
+        other = ATTACK(lambda x: F.cross_entropy(arat.classifier(x), labels, reduction="none"), pixels, keys)
     assert loss(adversarial, "adv") > loss(other, "adv")
 
 
@@ -296,7 +297,7 @@ def test_bf16_is_close_to_fp32_and_every_weight_gets_its_gradient():
     for precision in ("fp32", "bf16"):
         arat = build(precision=precision).float()
         # One step small enough that the sign of a tiny gradient matters little.
-        arat.attack = PGD("linf", 0.01, 0.01, 1, random_start=False)
+        arat._attack = PGD("linf", 0.01, 0.01, 1, start="none")
         out = arat(images, labels, keys)
         assert out.loss.dtype == torch.float32
         out.loss.backward()
@@ -316,9 +317,20 @@ def test_bf16_is_close_to_fp32_and_every_weight_gets_its_gradient():
 def test_metrics_are_the_parts_of_the_loss():
     arat = build()
     images, labels, keys = toy_batch()
-    loss, metrics = arat(images, labels, keys)
+    out = arat(images, labels, keys)
+    loss, metrics = out.loss, out.metrics
     parts = (metrics[f"loss_{part}"] for part in ("adv", "clean", "invariance"))
     torch.testing.assert_close(loss, sum(w * p for w, p in zip((0.25, 0.75, 3), parts, strict=True)), rtol=0, atol=1e-7)
     assert all(m.ndim == 0 and not m.requires_grad for m in metrics.values())
     logits, _ = written_out_net(arat, to_pixels(images, torch.float64), "clean")
     assert float(metrics["clean_accuracy"]) == pytest.approx(float((logits.argmax(1) == labels).double().mean()))
+
+
+def test_without_taps_and_gamma_there_is_no_invariance_term():
+    arat = build(gamma=0, taps=[], predictor=False)
+    arat.classifier.taps = ()
+    images, labels, keys = toy_batch()
+    out = arat(images, labels, keys)
+    assert float(out.metrics["loss_invariance"]) == 0
+    expected = 0.25 * out.metrics["loss_adv"] + 0.75 * out.metrics["loss_clean"]
+    torch.testing.assert_close(out.loss.detach(), expected)

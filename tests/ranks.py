@@ -1,0 +1,44 @@
+"""Two gloo processes for the tests, gone when their result is here."""
+
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+from arat_dist.engine import Rank
+
+
+def on_two_ranks(function: Callable[[Rank], Any], folder: Path) -> list[Any]:
+    """What `function`, defined in a test module, gives on each of two ranks: tensors, numbers, lists and dicts."""
+    context = spawn(_worker, args=(2, function, str(folder)), nprocs=2, join=False)
+    assert context is not None
+    deadline = time.monotonic() + 180
+    try:
+        while not context.join(timeout=1):
+            assert time.monotonic() < deadline, "the two processes hang"
+    finally:
+        for process in filter(None, context.processes):
+            process.kill()
+            process.join()
+    return [torch.load(folder / f"rank{index}.pt") for index in range(2)]
+
+
+def _worker(index: int, world_size: int, function: Callable[[Rank], Any], folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=index,
+        world_size=world_size,
+        timeout=timedelta(seconds=120),
+    )
+    rank = Rank(index, world_size, torch.device("cpu"))
+    result = function(rank)
+    dist.barrier()
+    torch.save(result, Path(folder) / f"rank{index}.pt")
+    dist.destroy_process_group()
