@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/methods.py recipes/digits.yaml --seeds 0 1 2 -- --track.mlflow false
 
 Runs lie in runs/methods; finished ones are not trained again, unfinished ones go on. What follows `--` goes to
-`arat train` of every row.
+`arat train` of every row. Rows: see `ROWS`.
 """
 
 from __future__ import annotations
@@ -45,12 +45,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
-    parser.add_argument("extra", nargs="*", help="overrides of the recipe for every row")
-    args = parser.parse_args()
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS), metavar="ROW")
+    arguments = sys.argv[1:]
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    args, extra = parser.parse_args(arguments[:cut]), arguments[cut + 1 :]
     for seed in args.seeds:
         for row in args.rows:
-            train(args.recipe, row, seed, args.extra)
+            train(args.recipe, row, seed, extra)
     print(table(Path(args.recipe).stem, args.rows, args.seeds))
 
 
