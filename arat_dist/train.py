@@ -49,41 +49,37 @@ def train(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
     if rank.is_first:
         run.begin_attempt(step=start, num_steps=stop, world_size=rank.world_size)
 
-    engine.objective.train()
+    objective.train()
     with train_loader(recipe.data, settings.seed, order.largest_share(rank.world_size)) as loader:
         batches = loader.iterate(order.shares(rank.index, rank.world_size, start, stop))
         for step, batch in enumerate(batches, start):
+            done = step + 1
             seed_step(settings.seed, step, rank)
             engine.set_lr(lr := learning_rate(recipe, order, step))
-            engine.objective.begin_step(step * order.batch_size / order.num_samples)
+            objective.begin_step(order.epochs_after(step))
             images, labels, keys = (tensor.to(rank.device, non_blocking=True) for tensor in batch)
             out = engine(images, labels, keys)
             # Ranks' shares may differ by a pair; so weighed, the average over ranks is the mean over the global batch.
             share = len(labels) * rank.world_size / order.batch_size_at(step)
-            done = step + 1
             if is_due(done, recipe.track.diagnostics_every):
-                log.note(diagnose(engine.objective, out.terms, share, rank))
+                log.note(diagnose(objective, out.terms, share, rank))
             engine.backward(out.loss * share)
             log.add({"loss": out.loss.detach(), **out.metrics}, len(labels))
-            epoch_ends = done == order.num_steps or order.epoch_of(done) > order.epoch_of(step)
-            saves = done == stop or (
-                is_due(done, settings.checkpoint_every) if settings.checkpoint_every else epoch_ends
-            )
+            saves = done == stop or is_due(done, settings.checkpoint_every, order.ends_epoch(step))
             # A line goes before each checkpoint: it refuses a loss that is no number, and a resumed run begins a line.
             if saves or is_due(done, settings.log_every):
                 log.write(done, order.epochs_after(done), lr, engine.gradient_norm())
             engine.step()
             for average in averages.values():
-                average.update(engine.objective.classifier, done)
-            if epoch_ends:
-                engine.objective.end_epoch(rank.all_reduce)
+                average.update(objective.classifier, done)
+            if order.ends_epoch(step):
+                objective.end_epoch(rank.all_reduce)
             if done == stop:
-                for average in averages.values():
-                    restate(engine.objective, average.classifier, recipe, rank)
+                restate_all(objective, averages, recipe, rank)
             if saves:
                 save(run, engine, averages, rank, done, keep=settings.keep_checkpoints)
 
-    weights, classifier = result(engine.objective, averages)
+    weights, classifier = result(objective, averages)
     scores = evaluate(classifier, recipe.data, eval_config(recipe), rank)
     return {
         "epochs": settings.epochs,
@@ -125,15 +121,22 @@ def seed_step(seed: int, step: int, rank: Rank) -> None:
     torch.manual_seed(((seed << 31) + step) * 1_000_003 + rank.index & 0x7FFFFFFFFFFFFFFF)
 
 
-def is_due(done: int, every: int | None) -> bool:
-    """Whether something that happens every so many steps happens after this one; None: never."""
-    return every is not None and done % every == 0
+def is_due(done: int, every: int | None, otherwise: bool = False) -> bool:
+    """Whether something that happens every so many steps happens after this one; `otherwise` where every is None."""
+    return otherwise if every is None else done % every == 0
 
 
 def diagnose(objective: Objective, terms: Mapping[str, Tensor], share: float, rank: Rank) -> dict[str, Tensor]:
     """The measurements of the diagnostics, the same on all ranks; none of the conflict where a method has one term."""
     conflict = gradient_conflict(objective.classifier, terms, share, rank) if terms else {}
     return conflict | branch_distance(objective.classifier)
+
+
+def restate_all(objective: Objective, averages: Mapping[str, Average], recipe: Recipe, rank: Rank) -> None:
+    """Measure the norm statistics of every averaged net anew, at the end of the run."""
+    for average in averages.values():
+        if average.has_begun:
+            restate(objective, average.classifier, recipe, rank)
 
 
 def result(objective: Objective, averages: Mapping[str, Average]) -> tuple[str, Classifier]:

@@ -68,7 +68,7 @@ def fit(recipe: Recipe, name: str, on_line: OnLine | None = None) -> dict[str, A
     uri = tracking_uri(recipe, run)
     run.open(recipe, load_manifest(recipe.data.train).sha256)
     with run.locked():
-        started = with_clean_start(recipe, name, on_line)
+        started = recipe if checkpoint_names(run.checkpoints) else with_clean_start(recipe, name, on_line)
         mirror = Mirror(run, recipe, uri) if uri else None
         trained = _train(started, run, mirror, on_line)
     summary = {

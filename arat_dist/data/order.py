@@ -74,6 +74,10 @@ class SampleOrder:
         """Epoch, counted from 0, of the first key of the batch at `step`."""
         return self._bounds(step)[0] // self.num_samples
 
+    def ends_epoch(self, step: int) -> bool:
+        """Whether an epoch's last sample is in the batch at `step`, or the run ends with it."""
+        return step + 1 == self.num_steps or self.epoch_of(step + 1) > self.epoch_of(step)
+
     def epochs_after(self, num_steps: int) -> float:
         """Epochs done after so many steps, in parts of one."""
         return min(num_steps * self.batch_size / self.num_samples, float(self.epochs))

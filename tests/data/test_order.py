@@ -152,3 +152,12 @@ def test_bad_arguments():
         SampleOrder(10, 5, 1, seed=0).share(0, 2, 2)
     with pytest.raises(IndexError):
         SampleOrder(10, 5, 1, seed=0).batch(2)
+
+
+def test_an_epoch_ends_with_the_batch_that_holds_its_last_sample():
+    order = SampleOrder(44, 8, 3, 0)
+    ends = [step for step in range(order.num_steps) if order.ends_epoch(step)]
+    assert ends == [5, 10, 16]
+    last_visits = [max(np.flatnonzero([epoch in order.batch(s) // 44 for s in range(17)])) for epoch in range(3)]
+    assert ends == last_visits
+    assert [order.epochs_after(n) for n in (0, 11, 17)] == [0, 2, 3]
