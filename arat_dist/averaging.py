@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Self, cast
+from copy import deepcopy
+from typing import Self
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from arat_dist.config import Recipe
 from arat_dist.data.loader import Loader, train_loader
@@ -21,70 +20,74 @@ from arat_dist.models.split_norm import BATCH_NORMS, AttackMode
 from arat_dist.objectives.base import Objective, to_pixels
 
 
-@dataclass(frozen=True)
 class Average:
-    """A net whose weights are a mean over the course of the run; its norms' running statistics are averaged alike.
+    """A net whose weights, and its norms' running statistics, are a mean over the course of the run.
 
-    Attributes:
-        model: torch's, its module the averaged classifier.
-        first: step after which the first weights go in.
+    torch's AveragedModel would read a counter from the GPU at every update, and its even average fails there on the
+    norms' integer counters; here the counter is a function of the step.
+
+    Args:
+        classifier: the net in training.
+        share: what the newest weights count for when so many have gone in before.
+        first: step after which the first weights go in; those as they are.
         every: steps between two.
     """
 
-    model: AveragedModel
-    first: int
-    every: int
-
-    @property
-    def classifier(self) -> Classifier:
-        """The averaged net."""
-        return cast(Classifier, self.model.module)
+    def __init__(self, classifier: Classifier, share: Callable[[int], float], *, first: int, every: int):
+        self.classifier = deepcopy(classifier).requires_grad_(False)
+        self._share, self.first, self._every = share, first, every
+        self._count = 0
 
     @property
     def has_begun(self) -> bool:
         """Whether any weights have gone in."""
-        return bool(self.model.n_averaged)
+        return self._count > 0
 
     def count(self, done: int) -> int:
         """How many weights have gone in when so many steps are done."""
-        return max(0, (done - self.first) // self.every + 1)
+        return max(0, (done - self.first) // self._every + 1)
 
     def update(self, classifier: Classifier, done: int) -> None:
         """Take in the weights after a step, if it is one of those that count."""
-        if done >= self.first and (done - self.first) % self.every == 0:
-            self.model.update_parameters(classifier)
+        if done < self.first or (done - self.first) % self._every:
+            return
+        pairs = list(zip(_tensors(self.classifier), _tensors(classifier), strict=True))
+        moving = [(mean, now) for mean, now in pairs if mean.is_floating_point()]
+        share = self._share(self._count) if self._count else 1.0
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage] - one kernel for hundreds of tensors
+            [mean for mean, _ in moving], [now for _, now in moving], share
+        )
+        for mean, now in pairs:
+            if not mean.is_floating_point():
+                mean.copy_(now)
+        self._count = self.count(done)
 
     def resume(self, state: Mapping[str, Tensor] | None, done: int) -> None:
         """Take up the averaged net's state dict, None where nothing had gone in, after so many steps."""
         if state is not None:
             self.classifier.load_state_dict(state)
-        self.model.n_averaged.fill_(self.count(done))
+        self._count = self.count(done)
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    return (tensor.detach() for tensor in (*module.parameters(), *module.buffers()))
 
 
 def build_averages(recipe: Recipe, classifier: Classifier, num_samples: int) -> dict[str, Average]:
     """The averages that the recipe asks for, by name: ema, swa; the last one is the run's result."""
     train = recipe.train
     averages = {}
-    if train.ema_decay is not None:
-        model = AveragedModel(classifier, multi_avg_fn=ema_update(train.ema_decay), use_buffers=True)
-        averages["ema"] = Average(model, first=1, every=1)
+    if (decay := train.ema_decay) is not None:
+        averages["ema"] = Average(classifier, lambda n: 1 - ema_decay_at(n, decay), first=1, every=1)
     if train.swa_start_epoch is not None:
         first = swa_first_step(train.swa_start_epoch, num_samples, train.global_batch_size)
-        averages["swa"] = Average(AveragedModel(classifier, use_buffers=True), first, train.swa_every)
+        averages["swa"] = Average(classifier, lambda n: 1 / (n + 1), first=first, every=train.swa_every)
     return averages
 
 
-def ema_update(decay: float) -> Any:
-    """Torch's exponential moving average with a decay that begins low: min(decay, (1 + n) / (10 + n)) at n updates.
-
-    Otherwise a run that is short beside 1 / (1 - decay) would end near the weights that it began with.
-    """
-
-    def update(averaged: Any, current: Any, num_averaged: Tensor | int) -> None:
-        n = int(num_averaged)  # lies on the CPU, wherever the weights are
-        get_ema_multi_avg_fn(min(decay, (1 + n) / (10 + n)))(averaged, current, num_averaged)
-
-    return update
+def ema_decay_at(num_updates: int, decay: float) -> float:
+    """Begins low: else a run that is short beside 1 / (1 - decay) would end near the weights that it began with."""
+    return min(decay, (1 + num_updates) / (10 + num_updates))
 
 
 def swa_first_step(start_epoch: float, num_samples: int, batch_size: int) -> int:
@@ -95,32 +98,38 @@ def swa_first_step(start_epoch: float, num_samples: int, batch_size: int) -> int
 def restate(objective: Objective, classifier: Classifier, recipe: Recipe, rank: Rank) -> None:
     """Measure the statistics of an averaged net's BatchNorms anew: a mean of weights has statistics of its own.
 
-    Every rank calls it and ends with the same ones: sums over `train.norm_samples` training pictures, augmented as in
-    training, joined exactly over the ranks. The clean branch sees clean pictures, the adv branch attacked ones; a net
-    that isn't split sees what the method trains it on.
+    Every rank calls it and ends with the same ones: sums over `train.norm_samples` training pictures, cropped and
+    flipped as in training but not mixed, joined exactly over the ranks. The clean branch sees clean pictures, the adv
+    branch attacked ones; a net that isn't split sees of these what the method trains it on.
     """
     with norm_loader(recipe, rank) as (loader, shares), MeasuredNorms(classifier) as norms:
         for batch in loader.iterate(shares) if norms else ():
             images, labels, keys = (tensor.to(rank.device) for tensor in batch)
-            inputs = objective.inputs(classifier, to_pixels(images, classifier.dtype), labels, keys)
-            with torch.no_grad(), norms.measuring():
-                for branch, pixels in inputs.items():
-                    with classifier.branch(branch):
-                        classifier(pixels)
+            with objective.autocast(rank.device):
+                inputs = objective.inputs(classifier, to_pixels(images, classifier.dtype), labels, keys)
+                with torch.no_grad(), norms.measuring():
+                    for branch, pixels in inputs.items():
+                        with classifier.branch(branch):
+                            classifier(pixels)
         norms.write(rank)
 
 
 @contextmanager
 def norm_loader(recipe: Recipe, rank: Rank) -> Iterator[tuple[Loader, list[Keys]]]:
-    """Training pictures evenly spread over the set, and this rank's batches of them: as many on every rank."""
+    """Training pictures evenly spread over the set, and this rank's batches of them: equal in number on every rank.
+
+    All batches are of one size, at least 2, so that none is normalised by a handful; a few pictures may be left out.
+    """
     num_samples = load_manifest(recipe.data.train).num_samples
     limit = min(num_samples, recipe.train.norm_samples) // rank.world_size * rank.world_size
-    batch_size = min(limit, recipe.train.global_batch_size) // rank.world_size
-    with train_loader(recipe.data, recipe.train.seed, batch_size) as loader:
-        # The visits of the epoch after the last: crops that no step has seen.
-        keys = spread(num_samples, limit) + recipe.train.epochs * num_samples
-        own = keys[rank.index :: rank.world_size]
-        yield loader, [own[i : i + batch_size] for i in range(0, len(own), batch_size)]
+    largest = recipe.train.global_batch_size // rank.world_size
+    # The visits of the epoch after the last: crops that no step has seen.
+    keys = spread(num_samples, limit) + recipe.train.epochs * num_samples
+    own = keys[rank.index :: rank.world_size]
+    num_batches = min(-(-len(own) // largest), len(own) // 2)
+    size = min(len(own) // num_batches, largest)
+    with train_loader(recipe.data, recipe.train.seed, size) as loader:
+        yield loader, [own[i * size : (i + 1) * size] for i in range(num_batches)]
 
 
 class MeasuredNorms:

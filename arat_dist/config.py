@@ -226,7 +226,7 @@ class AttackConfig(Section):
     loss: Literal["auto", "ce", "kl", "dlr"] = "auto"
     """What it climbs: cross-entropy, KL from the clean prediction, or the difference of logits ratio."""
     targeted: bool = False
-    """Climb towards a random other class instead of away from the right one; with ce."""
+    """Climb towards a random other class instead of away from the right one; with ce or dlr."""
     start: Literal["auto", "uniform", "gaussian", "none"] = "auto"
     """A uniform point of the ball, the picture with Gaussian noise of 0.001, or the picture itself."""
     norm_stats: Literal["auto", "batch", "running"] = "auto"
@@ -391,6 +391,8 @@ class Recipe(Section):
 def check_fields(recipe: Recipe, source: str) -> None:
     """Checks between fields that need nothing but the recipe (UserError; `source` names it)."""
     attack, optim, data = recipe.attack, recipe.optim, recipe.data
+    climbs_kl = isinstance(recipe.objective, TRADESConfig | LBGATConfig) and not attack.targeted
+    teacher = recipe.objective.teacher if isinstance(recipe.objective, LBGATConfig) else None
     largest_l1 = 3 * data.image_size**2
     l1_limit = f"pixels are in [0,1], so l1 eps is at most 3*image_size^2 ({largest_l1})"
     checks = [
@@ -431,16 +433,16 @@ def check_fields(recipe: Recipe, source: str) -> None:
             f"attack.name: nfgsm: goes with norm linf and start uniform, here {attack.norm} and {attack.start}",
         ),
         (
-            attack.targeted and attack.loss not in ("auto", "ce"),
-            f"attack.targeted: true: goes with attack.loss ce, here {attack.loss}",
+            attack.targeted and attack.loss == "kl",
+            "attack.targeted: true: goes with attack.loss ce or dlr, here kl",
         ),
         (
             [epoch for epoch, _ in attack.steps_from] != sorted({epoch for epoch, _ in attack.steps_from}),
             f"attack.steps_from: {[list(pair) for pair in attack.steps_from]}: ascending epochs",
         ),
         (
-            attack.loss == "dlr" and data.num_classes < 3,
-            f"attack.loss: dlr: needs 3 classes, data.num_classes is {data.num_classes}",
+            attack.loss == "dlr" and data.num_classes < 3 + attack.targeted,
+            f"attack.loss: dlr: needs {3 + attack.targeted} classes, data.num_classes is {data.num_classes}",
         ),
         (
             isinstance(recipe.objective, ARATConfig) and recipe.objective.gamma > 0 and not recipe.objective.taps,
@@ -486,6 +488,24 @@ def check_fields(recipe: Recipe, source: str) -> None:
         (
             data.crop_scale[0] <= 0 or data.crop_scale[0] > data.crop_scale[1],
             f"data.crop_scale: {list(data.crop_scale)}: two fractions, the smaller first and above 0",
+        ),
+        (
+            attack.eps_warmup_epochs >= recipe.train.epochs and attack.eps_warmup_epochs > 0,
+            f"attack.eps_warmup_epochs: {attack.eps_warmup_epochs:g}: less than train.epochs ({recipe.train.epochs})",
+        ),
+        (
+            any(epoch >= recipe.train.epochs for epoch, _ in attack.steps_from),
+            f"attack.steps_from: {[list(pair) for pair in attack.steps_from]}: epochs below train.epochs "
+            f"({recipe.train.epochs})",
+        ),
+        (
+            attack.start == "none" and (attack.loss == "kl" or (attack.loss == "auto" and climbs_kl)),
+            "attack.start: none: KL from the clean prediction has no slope at the picture itself; gaussian or uniform "
+            "would be right",
+        ),
+        (
+            teacher is not None and teacher.pretrained and teacher.checkpoint is not None,
+            "objective.teacher.checkpoint: goes without objective.teacher.pretrained; one of them starts the net",
         ),
         (
             recipe.model.pretrained and recipe.model.checkpoint is not None,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from arat_dist.averaging import swa_first_step
 from arat_dist.config import ClusterConfig, Recipe
 from arat_dist.data.manifest import check_data
 from arat_dist.engine import check_engine
 from arat_dist.errors import UserError
 from arat_dist.objectives import build_objective
-from arat_dist.train import sample_order
+from arat_dist.train import num_steps, sample_order
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -23,10 +24,25 @@ def check_recipe(recipe: Recipe) -> None:
     check_engine(recipe.engine)
     check_data(recipe.data)
     check_shares(recipe)
+    check_averages(recipe)
     check_gpus(recipe.cluster)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)  # the very weights that training starts from
         build_objective(recipe)
+
+
+def check_averages(recipe: Recipe) -> None:
+    """Refuse an SWA that would have nothing to average, and norm statistics of too few pictures (UserError)."""
+    train, steps = recipe.train, num_steps(recipe)
+    if train.swa_start_epoch is not None:
+        first = swa_first_step(train.swa_start_epoch, sample_order(recipe).num_samples, train.global_batch_size)
+        if first > steps:
+            raise UserError(
+                f"train.swa_start_epoch: {train.swa_start_epoch:g}: ends with step {first}, the run with step {steps} "
+                "(train.epochs, train.max_steps); an earlier epoch would be right"
+            )
+    if train.norm_samples < 2 * recipe.world_size:
+        raise UserError(f"train.norm_samples: {train.norm_samples}: at least 2 a worker ({recipe.world_size})")
 
 
 def check_gpus(cluster: ClusterConfig) -> None:

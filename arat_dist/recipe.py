@@ -31,16 +31,18 @@ def load_recipe(path: str | Path, overrides: Sequence[tuple[str, Any]] = ()) -> 
     """
     file = find_recipe(path)
     tree = _read(file)
-    # The objective first: changing it drops the keys of the old one, never those given beside it.
-    for key, value in sorted(overrides, key=lambda override: override[0] != "objective.name"):
+    # Names first: changing one drops the keys of the old one, never those given beside it.
+    for key, value in sorted(overrides, key=lambda override: override[0] not in _RENAMING):
         _override(tree, key, value)
     return parse_recipe(tree, source=str(file))
 
 
 def _read(file: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A recipe file's sections, laid over those of the recipe that its `base` names, if it names one (UserError)."""
+    file = file.resolve()
     if file in below:
-        raise UserError(f"{below[0]}: base: {' -> '.join(map(str, [*below, file]))}: goes round in a circle")
+        names = " -> ".join(path.name for path in [*below, file])
+        raise UserError(f"{below[0]}: base: {names}: goes round in a circle")
     try:
         tree = yaml.load(file.read_text(), Loader=_UniqueKeyLoader)  # noqa: S506  a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -139,8 +141,12 @@ def _section_models(annotation: object) -> list[type[Section]]:
     return [cast("type[Section]", part) for part in getattr(annotation, "__args__", ())]
 
 
+# Another method or attack takes no keys of its own from the one before: all of them, or those named here.
+_RENAMING: dict[str, tuple[str, ...]] = {"objective.name": (), "attack.name": ("step_size", "steps", "steps_from")}
+
+
 def _override(tree: dict[str, Any], key: str, value: object) -> None:
-    """Set one dotted key. A new objective starts from its own defaults: the keys of the old one are dropped."""
+    """Set one dotted key. Another method or attack starts from its own defaults: the keys of the old one go."""
     parts = key.split(".")
     if len(parts) < 2:
         raise UserError(f"--{key}: a recipe key has a section, as in --train.epochs 10{_suggest(key)}")
@@ -156,13 +162,13 @@ def _override(tree: dict[str, Any], key: str, value: object) -> None:
         node = node[part]
         if not isinstance(node, dict):
             raise UserError(f"--{key}: {part} is not a section{_suggest(key)}")
-    if key == "objective.name" and node.get("name") != value:
-        dropped = [name for name in node if name != "name"]
-        if dropped:
-            logger.warning(
-                "objective.name: %s in place of %s, whose keys go: %s", value, node.get("name"), ", ".join(dropped)
-            )
-        node.clear()
+    if key in _RENAMING and node.get("name") != value:
+        own = _RENAMING[key] or tuple(node)
+        if dropped := [name for name in node if name in own and name != "name"]:
+            before = node.get("name", "the default")
+            logger.warning("%s: %s in place of %s, whose keys go: %s", key, value, before, ", ".join(dropped))
+        for name in dropped:
+            del node[name]
     node[parts[-1]] = value
 
 

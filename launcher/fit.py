@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 from arat_dist.checkpoint import checkpoint_names
-from arat_dist.config import ARRESTConfig, ClusterConfig, Recipe, StandardConfig, check_fields
+from arat_dist.config import ARRESTConfig, AttackConfig, ClusterConfig, LBGATConfig, ModelConfig, Recipe, StandardConfig
 from arat_dist.data.manifest import load_manifest
 from arat_dist.engine import Rank
 from arat_dist.errors import UserError, WorkersError
@@ -66,9 +66,10 @@ def fit(recipe: Recipe, name: str, on_line: OnLine | None = None) -> dict[str, A
         return summary
     check_recipe(recipe.without_start() if checkpoint_names(run.checkpoints) else recipe)
     uri = tracking_uri(recipe, run)
+    start = clean_start(recipe, run)
     run.open(recipe, load_manifest(recipe.data.train).sha256)
     with run.locked():
-        started = recipe if checkpoint_names(run.checkpoints) else with_clean_start(recipe, name, on_line)
+        started = trained_start(recipe, *start, on_line) if start else recipe
         mirror = Mirror(run, recipe, uri) if uri else None
         trained = _train(started, run, mirror, on_line)
     summary = {
@@ -86,37 +87,53 @@ def fit(recipe: Recipe, name: str, on_line: OnLine | None = None) -> dict[str, A
     return summary
 
 
-def with_clean_start(recipe: Recipe, name: str, on_line: OnLine | None = None) -> Recipe:
-    """The recipe with the weights that its objective starts from, trained first where it names none.
+def clean_start(recipe: Recipe, run: Run) -> tuple[Recipe, Run] | None:
+    """What has to be trained before a run, as RUN-clean: the start of ARREST, where the recipe names none.
 
-    Only ARREST needs them: a run NAME-clean of the same net on clean pictures comes before its own.
+    Returns:
+        The recipe and the run, or None where nothing is missing.
+
+    Raises:
+        UserError: it can't be trained, or the name is another run's.
     """
     objective, model = recipe.objective, recipe.model
     if not isinstance(objective, ARRESTConfig) or model.pretrained or model.checkpoint is not None:
-        return recipe
-    run = Run(recipe.cluster.storage, f"{name}-clean")
+        return None
+    if checkpoint_names(run.checkpoints):
+        return None
     if not run.storage.is_local:
         raise UserError(
             f"model.checkpoint: missing: with cluster.storage {recipe.cluster.storage}, clean-trained weights in "
             "a file would be right"
         )
-    fit(clean_start(recipe, objective), run.name, on_line)
-    exported = export_run(run, Path(run.folder.uri) / "export")
-    start = model.model_copy(update={"checkpoint": str(exported.folder / "model.safetensors")})
-    return recipe.model_copy(update={"model": start})
+    clean, clean_run = clean_recipe(recipe, objective), Run(recipe.cluster.storage, f"{run.name}-clean")
+    clean_run.check(clean)
+    check_recipe(clean)
+    return clean, clean_run
 
 
-def clean_start(recipe: Recipe, objective: ARRESTConfig) -> Recipe:
-    """The same net, data and optimizer on clean pictures, for as long as the objective says (UserError)."""
-    changes = {"epochs": objective.clean_epochs, "ema_decay": None, "swa_start_epoch": None, "max_steps": None}
-    clean = recipe.model_copy(
+def clean_recipe(recipe: Recipe, objective: ARRESTConfig) -> Recipe:
+    """The same net, data and optimizer on clean pictures, as long as the objective says; schedules in proportion."""
+    share = objective.clean_epochs / recipe.train.epochs
+    milestones = tuple(share * milestone for milestone in recipe.optim.milestones)
+    schedule = {"milestones": milestones, "warmup_epochs": share * recipe.optim.warmup_epochs}
+    length = {"epochs": objective.clean_epochs, "ema_decay": None, "swa_start_epoch": None}
+    return recipe.model_copy(
         update={
             "objective": StandardConfig(name="standard", label_smoothing=objective.label_smoothing),
-            "train": recipe.train.model_copy(update=changes),
+            "attack": AttackConfig(norm=recipe.attack.norm, eps=recipe.attack.eps),
+            "optim": recipe.optim.model_copy(update=schedule),
+            "train": recipe.train.model_copy(update=length),
         }
     )
-    check_fields(clean, "objective.clean_epochs")
-    return clean
+
+
+def trained_start(recipe: Recipe, clean: Recipe, run: Run, on_line: OnLine | None) -> Recipe:
+    """The recipe with the weights of its clean start, which is trained first unless it is there."""
+    fit(clean, run.name, on_line)
+    exported = export_run(run, Path(run.folder.uri) / "export")
+    start = recipe.model.model_copy(update={"checkpoint": str(exported.folder / "model.safetensors")})
+    return recipe.model_copy(update={"model": start})
 
 
 def _train(recipe: Recipe, run: Run, mirror: Mirror | None, on_line: OnLine | None) -> dict[str, Any]:
@@ -231,11 +248,17 @@ def _name_the_cluster() -> None:
 
 def with_absolute_paths(recipe: Recipe) -> Recipe:
     """The recipe as workers need it: their working directory is their own."""
+
+    def absolute(model: ModelConfig) -> ModelConfig:
+        return model.model_copy(update={"checkpoint": model.checkpoint and absolute_path(model.checkpoint)})
+
     paths = {"train": absolute_path(recipe.data.train), "val": absolute_path(recipe.data.val)}
-    data = recipe.data.model_copy(update=paths)
-    checkpoint = recipe.model.checkpoint and absolute_path(recipe.model.checkpoint)
-    model = recipe.model.model_copy(update={"checkpoint": checkpoint})
-    return recipe.model_copy(update={"data": data, "model": model})
+    objective = recipe.objective
+    if isinstance(objective, LBGATConfig) and objective.teacher is not None:
+        objective = objective.model_copy(update={"teacher": absolute(objective.teacher)})
+    return recipe.model_copy(
+        update={"data": recipe.data.model_copy(update=paths), "model": absolute(recipe.model), "objective": objective}
+    )
 
 
 def _on_worker(work: Callable[[Rank], T], num_threads: int) -> T | FloatingPointError:

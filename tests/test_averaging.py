@@ -45,6 +45,9 @@ def test_ema_and_swa_are_the_means_of_their_definitions(sets: Sets):
         got = torch.cat([p.flatten() for p in averages[name].classifier.parameters()])
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
     assert [averages["swa"].count(done) for done in (5, 6, 7, 8, 11)] == [0, 1, 1, 2, 3]
+    counters = [b for name, b in averages["swa"].classifier.named_buffers() if name.endswith("num_batches_tracked")]
+    assert counters
+    assert {int(counter) for counter in counters} == {10}  # those of the last weights taken in: counters have no mean
 
 
 @pytest.mark.parametrize(("start", "first"), [(0, 1), (1, 100), (1.5, 150), (0.001, 1), (75, 7500)])
@@ -110,12 +113,23 @@ def test_a_deeper_norm_sees_what_its_branch_gives_it(sets: Sets):
         assert off < 0.1 * (logits(stale, x, branch, "running") - by_batch).abs().mean()
 
 
+@pytest.mark.parametrize(
+    ("num_samples", "batch", "sizes"),
+    [(44, 8, [7] * 6), (17, 8, [5] * 3), (41, 8, [6] * 6), (3, 2, [2]), (2, 2, [2]), (9, 2, [2] * 4), (5, 44, [5])],
+)
+def test_no_batch_of_the_measurement_is_a_handful(sets: Sets, num_samples, batch, sizes):
+    recipe = toy_recipe(sets, train={"norm_samples": num_samples, "global_batch_size": batch})
+    with norm_loader(recipe, ALONE) as (loader, shares):
+        assert [len(share) for share in shares] == sizes
+        assert [len(images) for images, _, _ in loader.iterate(shares)] == sizes
+
+
 def test_ranks_share_the_pictures_without_overlap(sets: Sets):
     recipe = toy_recipe(sets, train={"norm_samples": 21, "global_batch_size": 8}, cluster={"workers": 2})
     seen = []
     for index in range(2):
         with norm_loader(recipe, Rank(index, 2, CPU)) as (_, shares):
-            assert [len(share) for share in shares] == [4, 4, 2]
+            assert [len(share) for share in shares] == [3, 3, 3]
             seen.append(np.concatenate(shares))
-    assert len(set(np.concatenate(seen).tolist())) == 20
+    assert len(set(np.concatenate(seen).tolist())) == 18
     assert min(map(min, seen)) >= 44 * 3  # visits that the run itself never makes

@@ -477,14 +477,51 @@ def test_a_base_gives_what_a_recipe_leaves_out(tmp_path):
 @pytest.mark.parametrize(
     ("base", "message"),
     [
-        ("a.yaml", "base: .*a.yaml -> .*b.yaml -> .*a.yaml: goes round in a circle"),
+        ("../{folder}/a.yaml", "base: a.yaml -> b.yaml -> a.yaml: goes round in a circle"),
         (3, "base: 3: a recipe's name or its file, beside this one, would be right"),
         ("nowhere", "nowhere: no such recipe"),
     ],
 )
 def test_a_base_that_is_none(tmp_path, base, message):
     (tmp_path / "a.yaml").write_text("base: b.yaml\n")
-    (tmp_path / "b.yaml").write_text(f"base: {base}\n")
+    (tmp_path / "b.yaml").write_text(f"base: {base}\n".replace("{folder}", tmp_path.name))
     with pytest.raises(UserError, match=message) as raised:
         load_recipe(tmp_path / "a.yaml")
     assert "\n" not in str(raised.value)
+
+
+def test_another_attack_takes_no_step_from_the_one_before(recipe_file, caplog):
+    tree = tree_with(attack__step_size="2/255", attack__steps=7, attack__eps="4/255")
+    recipe = load_recipe(recipe_file(tree), [("attack.eps", "6/255"), ("attack.name", "fgsm")])
+    assert (recipe.attack.step_size, recipe.attack.steps, recipe.attack.eps) == (None, None, 6 / 255)
+    assert "attack.name: fgsm in place of the default, whose keys go: step_size, steps" in caplog.text
+    given = load_recipe(recipe_file(tree), [("attack.step_size", "1/255"), ("attack.name", "nfgsm")])
+    assert given.attack.step_size == 1 / 255
+
+
+@pytest.mark.parametrize(
+    ("changes", "start"),
+    [
+        ({"attack__name": "fgsm", "attack__steps": 2}, "attack.steps: 2: fgsm takes 1 step"),
+        ({"attack__name": "nfgsm", "attack__norm": "l2"}, "attack.name: nfgsm: goes with norm linf"),
+        ({"attack__name": "apgd", "attack__step_size": 0.01}, "attack.step_size: 0.01: goes without apgd"),
+        ({"attack__targeted": True, "attack__loss": "kl"}, "attack.targeted: true: goes with attack.loss ce or dlr"),
+        ({"attack__loss": "dlr", "data__num_classes": 2}, "attack.loss: dlr: needs 3 classes"),
+        ({"attack__steps_from": [[3, 2], [1, 3]]}, "attack.steps_from: [[3.0, 2], [1.0, 3]]: ascending epochs"),
+        ({"attack__steps_from": [[10, 2]]}, "attack.steps_from: [[10.0, 2]]: epochs below train.epochs (10)"),
+        ({"attack__eps_warmup_epochs": 10}, "attack.eps_warmup_epochs: 10: less than train.epochs (10)"),
+        ({"attack__loss": "kl", "attack__start": "none"}, "attack.start: none: KL from the clean prediction"),
+        ({"objective__name": "trades", "attack__start": "none"}, "attack.start: none: KL from the clean prediction"),
+        ({"attack__norm": "l1", "attack__eps": 3100}, "attack.eps: 3100: "),
+        ({"objective__taps": []}, "objective.gamma: goes with at least one of objective.taps"),
+        ({"train__swa_start_epoch": 10}, "train.swa_start_epoch: 10: less than train.epochs (10)"),
+        (
+            {"objective": {"name": "lbgat", "teacher": {"name": "x", "pretrained": True, "checkpoint": "x.pth"}}},
+            "objective.teacher.checkpoint: goes without objective.teacher.pretrained",
+        ),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together(changes, start):
+    tree = tree_with(**{key: value for key, value in changes.items() if "__" in key})
+    assert refusal(tree | {key: value for key, value in changes.items() if "__" not in key}).startswith(start)

@@ -3,7 +3,9 @@
 from typing import Any
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
 from toys import Sets, toy_recipe
 
 from arat_dist.errors import UserError
@@ -36,6 +38,23 @@ def test_a_recipe_that_can_run_passes(sets: Sets):
         ({"model": GROUP_NORM}, "objective.split_norm: batch:", "none would be right"),
         ({"cluster": {"gpus_per_worker": 1}}, "cluster.gpus_per_worker: 1:", "no GPU"),
         ({"engine": {"kind": "deepspeed"}}, "engine.kind: deepspeed:", "ddp"),
+        ({"train": {"swa_start_epoch": 2, "max_steps": 10}}, "train.swa_start_epoch: 2: ends with step 11", "step 10"),
+        ({"train": {"norm_samples": 1}}, "train.norm_samples: 1: at least 2 a worker", "(1)"),
+        (
+            {"objective": {"name": "lbgat", "teacher": {"name": "resnet10x"}}},
+            "objective.teacher.name: resnet10x",
+            "10t",
+        ),
+        (
+            {"objective": {"name": "lbgat", "teacher": {"name": "resnet10t", "checkpoint": "no.pth"}}},
+            "objective.teacher.checkpoint: no.pth: no such file",
+            "",
+        ),
+        (
+            {"objective": {"name": "arrest"}, "model": {"name": "resnetv2_50", "args": {"layers": [1, 1, 1, 1]}}},
+            "objective.name: arrest: resnetv2_50 has no single layer",
+            "arat",
+        ),
     ],
     ids=str,
 )
@@ -69,3 +88,12 @@ def test_a_gpu_is_fine_where_there_is_one_here_or_in_the_cluster(sets: Sets, mon
         check_recipe(toy_recipe(sets, cluster={"gpus_per_worker": 1, "workers": 2}))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     check_recipe(toy_recipe(sets, cluster={"gpus_per_worker": 1, "address": "ray://head:10001"}))
+
+
+def test_a_teachers_weights_of_another_architecture_are_refused(sets: Sets, tmp_path):
+    save_file(timm.create_model("resnet18", num_classes=3).state_dict(), tmp_path / "other.safetensors")
+    teacher = {**TOY, "checkpoint": str(tmp_path / "other.safetensors")}
+    with pytest.raises(UserError, match=r"^objective\.teacher\.checkpoint: .*not the weights of this net"):
+        check_recipe(toy_recipe(sets, objective={"name": "lbgat", "teacher": teacher}))
+    with pytest.raises(UserError, match=r"^model\.checkpoint: .*not the weights of this net"):
+        check_recipe(toy_recipe(sets, objective={"name": "arrest"}, model=teacher))

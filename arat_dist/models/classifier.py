@@ -107,11 +107,24 @@ def build_classifier(
     cfg = pretrained_cfg(backbone)
     names = automatic_taps(backbone) if taps == "auto" else tuple(taps or ())
     switch = None if split == "none" else split_norms(backbone, split)
-    if taps is not None:
+    if names:
         check_taps(backbone, names)
     classifier = Classifier(backbone, model.mean or cfg["mean"], model.std or cfg["std"], switch=switch, taps=names)
     classifier.tap_dims = _probe(classifier, model.name, image_size)
     return classifier
+
+
+def check_penultimate(classifier: Classifier, name: str, image_size: int) -> None:
+    """Refuse (UserError) a net that has no one vector of features before its last layer."""
+    pixels = torch.rand(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    try:
+        with torch.no_grad(), AttackMode(classifier)("running"):
+            logits, features = classifier.forward_with_penultimate(pixels)
+            fits = features.ndim == 2 and torch.allclose(logits, classifier(pixels), rtol=1e-3, atol=1e-4)
+    except (AttributeError, RuntimeError, TypeError):
+        fits = False
+    if not fits:
+        raise UserError(f"objective.name: arrest: {name} has no single layer behind its pooled features; arat would do")
 
 
 def _probe(classifier: Classifier, name: str, image_size: int) -> tuple[int, ...]:

@@ -12,8 +12,9 @@ from arat_dist.config import (
     Recipe,
     TRADESConfig,
 )
+from arat_dist.errors import UserError
 from arat_dist.mixing import Mixing
-from arat_dist.models.classifier import Classifier, build_classifier
+from arat_dist.models.classifier import Classifier, build_classifier, check_penultimate
 from arat_dist.models.sync_norm import synchronise_norms
 from arat_dist.objectives.arat import ARAT
 from arat_dist.objectives.arrest import ARREST
@@ -55,8 +56,9 @@ def _build_method(recipe: Recipe) -> Objective:
         case MARTConfig() as config:
             return MART(classifier, setting, config)
         case LBGATConfig() as config:
-            return LBGAT(classifier, setting, config, _build_net(recipe, config.teacher or recipe.model))
+            return LBGAT(classifier, setting, config, _build_teacher(recipe, config))
         case ARRESTConfig() as config:
+            check_penultimate(classifier, recipe.model.name, recipe.data.image_size)
             return ARREST(classifier, setting, config)
         case ATConfig():
             return AT(classifier, setting)
@@ -74,6 +76,15 @@ def build_setting(recipe: Recipe) -> Setting:
         label_smoothing=recipe.objective.label_smoothing,
         mixing=Mixing(data.mixup, data.cutmix, data.num_classes, seed) if data.mixup or data.cutmix else None,
     )
+
+
+def _build_teacher(recipe: Recipe, config: LBGATConfig) -> Classifier:
+    if config.teacher is None:
+        return _build_net(recipe, recipe.model)
+    try:
+        return _build_net(recipe, config.teacher)
+    except UserError as error:
+        raise UserError(str(error).replace("model.", "objective.teacher.", 1)) from error
 
 
 def _build_net(recipe: Recipe, model: ModelConfig) -> Classifier:

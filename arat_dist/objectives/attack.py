@@ -11,7 +11,7 @@ from torch import Tensor
 
 from arat_dist.attacks import APGD, NFGSM, PGD, Attack, Start, random_target
 from arat_dist.config import AttackConfig
-from arat_dist.losses import cross_entropy, dlr, hard_labels, kl
+from arat_dist.losses import cross_entropy, dlr, hard_labels, kl, targeted_dlr
 
 NormStats = Literal["batch", "running"]
 Net = Callable[[Tensor], Tensor]
@@ -44,7 +44,8 @@ class TrainingAttack:
     def __init__(self, config: AttackConfig, defaults: AttackDefaults, seed: int):
         self._config, self._seed = config, seed
         self._start: Start = defaults.start if config.start == "auto" else config.start
-        self._loss = ("ce" if config.targeted else defaults.loss) if config.loss == "auto" else config.loss
+        default = "ce" if config.targeted else defaults.loss
+        self._loss = default if config.loss == "auto" else config.loss
         self.norm_stats: NormStats = defaults.norm_stats if config.norm_stats == "auto" else config.norm_stats
 
     def at(self, epoch: float) -> Attack:
@@ -73,13 +74,17 @@ class TrainingAttack:
             keys: int64 [B], names of the samples' visits.
         """
         if self._config.targeted:
-            return lambda x: _towards_others(net(x), targets, keys, self._seed)
+            return lambda x: self._towards_others(net(x), hard_labels(targets), keys)
         if self._loss == "kl":
             with torch.no_grad():
                 clean = net(pixels)
             return lambda x: kl(net(x), clean)
         loss = {"ce": cross_entropy, "dlr": dlr}[self._loss]
         return lambda x: loss(net(x), targets)
+
+    def _towards_others(self, logits: Tensor, labels: Tensor, keys: Tensor) -> Tensor:
+        others = random_target(keys, labels, logits.shape[1], self._seed)
+        return targeted_dlr(logits, labels, others) if self._loss == "dlr" else -cross_entropy(logits, others)
 
 
 def eps_at(config: AttackConfig, epoch: float) -> float:
@@ -101,7 +106,3 @@ def step_size(config: AttackConfig, eps: float) -> float:
     """Length of a step when the radius stands at `eps`: what the section gives for its own eps, in proportion."""
     share = {"pgd": 0.25, "fgsm": 1.25, "nfgsm": 1.0}[config.name]
     return eps * (share if config.step_size is None else config.step_size / config.eps)
-
-
-def _towards_others(logits: Tensor, targets: Tensor, keys: Tensor, seed: int) -> Tensor:
-    return -cross_entropy(logits, random_target(keys, hard_labels(targets), logits.shape[1], seed))

@@ -91,8 +91,12 @@ class Objective(nn.Module):
         pixels, targets = to_pixels(images, self.classifier.dtype), labels
         if self._setting.mixing is not None:
             pixels, targets = self._setting.mixing(pixels, labels, keys)
-        with torch.autocast(images.device.type, dtype=self._dtype, enabled=self._dtype is not None):
+        with self.autocast(images.device):
             return self.losses(pixels, targets, keys)
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """The precision of attack and training passes."""
+        return torch.autocast(device.type, dtype=self._dtype, enabled=self._dtype is not None)
 
     def losses(self, pixels: Tensor, targets: Tensor, keys: Tensor) -> Output:
         """The method itself; runs inside the autocast region.

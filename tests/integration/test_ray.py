@@ -128,6 +128,7 @@ def shrink(recipe: Recipe, folder: Path) -> Recipe:
         "model.pretrained": False,
         "attack.steps": 1,
         "train.global_batch_size": 8,
+        "train.swa_start_epoch": recipe.train.swa_start_epoch and 0,
         "train.max_steps": 1,
         "train.log_every": 1,
         "eval.attack": "none",

@@ -9,8 +9,9 @@ import pytest
 import torch
 from toys import Sets, toy_batch, toy_classifier, toy_recipe, toy_setting
 
-from arat_dist.attacks import NFGSM, PGD, uniform_noise
+from arat_dist.attacks import NFGSM, PGD, random_target, uniform_noise
 from arat_dist.config import ARRESTConfig, LBGATConfig, MARTConfig, TRADESConfig
+from arat_dist.losses import cross_entropy, targeted_dlr
 from arat_dist.models.classifier import Classifier
 from arat_dist.objectives import ARREST, AT, LBGAT, MART, METHODS, TRADES, Standard, build_objective
 from arat_dist.objectives.base import Objective, to_pixels
@@ -245,12 +246,12 @@ def test_the_frozen_net_is_the_start_and_never_moves():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_recipe_becomes_its_method(sets: Sets, name):
-    attack = {"eps": 0.1, "step_size": 0.05, "steps": 4, "start": "none", "norm_stats": "running"}
+    attack = {"eps": 0.1, "step_size": 0.05, "steps": 4, "start": "uniform", "norm_stats": "running"}
     recipe = toy_recipe(sets, objective={"name": name}, attack=attack, train={"seed": 11, "precision": "bf16"})
     objective = build_objective(recipe)
     assert type(objective) is METHODS[name]
     assert objective.classifier.is_split == (name == "arat")
-    assert objective._attack == PGD("linf", 0.1, 0.05, 4, "none", 11)
+    assert objective._attack == PGD("linf", 0.1, 0.05, 4, "uniform", 11)
     assert objective._setting.attack is not None
     assert objective._setting.attack.norm_stats == "running"
     assert objective._dtype == torch.bfloat16
@@ -329,6 +330,17 @@ def test_the_losses_that_a_recipe_can_ask_for_differ_and_targeted_goes_towards_a
     net = toy_classifier(split=False).eval()
     own = [net(found[kind]).softmax(1)[torch.arange(64), labels].mean() for kind in ("ce", "targeted")]
     assert own[0] < own[1] < net(pixels).softmax(1)[torch.arange(64), labels].mean()
+
+
+def test_a_targeted_attack_climbs_the_loss_that_it_names():
+    logits = torch.randn(5, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    labels, keys = torch.tensor([0, 1, 2, 3, 4]), torch.arange(5)
+    others = random_target(keys, labels, 6, SEED)
+    for name, expected in (("ce", -cross_entropy(logits, others)), ("dlr", targeted_dlr(logits, labels, others))):
+        setting = toy_setting(AT, targeted=True, loss=name).attack
+        assert setting is not None
+        climbed = setting.loss(lambda _: logits, torch.zeros(5, 3, 2, 2), labels, keys)
+        assert torch.equal(climbed(torch.zeros(5, 3, 2, 2)), expected)
 
 
 def test_the_training_attack_ignores_label_smoothing():

@@ -1,0 +1,72 @@
+"""ARREST's clean start: what is trained before the run, once, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small import tiny_overrides
+
+from arat_dist.checkpoint import load_newest
+from arat_dist.config import ARRESTConfig, LBGATConfig
+from arat_dist.errors import UserError
+from arat_dist.recipe import load_recipe, parse_recipe, recipe_names
+from arat_dist.run import Run
+from launcher.fit import clean_recipe, clean_start, fit, with_absolute_paths
+
+
+def load(digits, storage, **keys):
+    overrides = tiny_overrides(digits, storage) | {"objective.name": "arrest", "cluster.workers": "0"}
+    overrides |= {key.replace("__", "."): value for key, value in keys.items()}
+    for key in [key for key in overrides if key.startswith("objective.") and key.endswith(("gamma", "taps"))]:
+        del overrides[key]
+    return load_recipe("digits", list(overrides.items()))
+
+
+def ignore(_: object) -> None:
+    """Take a line and do nothing."""
+
+
+def test_the_frozen_net_is_the_clean_one_that_was_trained_first(digits, tmp_path):
+    recipe = load(digits, tmp_path, objective__clean_epochs="2", optim__warmup_epochs="0")
+    summary = fit(recipe, "one", ignore)
+    clean = json.loads((tmp_path / "one-clean/summary.json").read_text())
+    assert (summary["objective"], clean["objective"], clean["epochs"]) == ("arrest", "standard", 2)
+    exported = load_file(tmp_path / "one-clean/export/model.safetensors")
+    checkpoint = load_newest(Run(str(tmp_path), "one").checkpoints)
+    assert checkpoint is not None
+    weights = checkpoint.weights["model"]
+    assert all(torch.equal(weights[f"teacher.backbone.{name}"], value) for name, value in exported.items())
+    assert not torch.equal(weights["classifier.backbone.fc.weight"], exported["fc.weight"])
+    # Taken up again, it asks for no start; another run of that name is no start.
+    assert clean_start(recipe, Run(str(tmp_path), "one")) is None
+    other = load(digits, tmp_path, objective__clean_epochs="3", optim__warmup_epochs="0")
+    Path(tmp_path / "two-clean").symlink_to(tmp_path / "one-clean")
+    with pytest.raises(UserError, match="two-clean: the run of this name has another recipe"):
+        fit(other, "two", ignore)
+    assert not (tmp_path / "two").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name.endswith("_arrest")])
+def test_the_clean_start_of_a_shipped_recipe_keeps_its_schedule_in_proportion(name):
+    recipe = load_recipe(name)
+    assert isinstance(recipe.objective, ARRESTConfig)
+    clean = clean_recipe(recipe, recipe.objective)
+    assert (clean.objective.name, clean.train.epochs, clean.optim.milestones) == ("standard", 30, (22.5, 27))
+    assert parse_recipe(clean.model_dump(mode="json")) == clean
+
+
+def test_storage_elsewhere_needs_a_start_by_hand(digits, tmp_path):
+    recipe = load(digits, tmp_path, cluster__storage="memory://arrest", track__mlflow="false")
+    with pytest.raises(UserError, match=r"^model\.checkpoint: missing: with cluster\.storage memory://arrest"):
+        fit(recipe, "one", ignore)
+    assert not Run("memory://arrest", "one").folder.exists("recipe.yaml")
+
+
+def test_workers_find_a_teachers_weights(digits, tmp_path):
+    keys = {"objective__name": "lbgat", "objective__teacher": "{name: resnet10t, checkpoint: t.safetensors}"}
+    recipe = with_absolute_paths(load(digits, tmp_path, **keys))
+    assert isinstance(recipe.objective, LBGATConfig)
+    assert recipe.objective.teacher is not None
+    assert recipe.objective.teacher.checkpoint == str(Path("t.safetensors").absolute())
