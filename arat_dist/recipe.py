@@ -13,8 +13,9 @@ import yaml.constructor
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from arat_dist.config import Recipe, Section, check_fields
+from arat_dist.config import Recipe, Section
 from arat_dist.errors import UserError
+from arat_dist.recipe_checks import check_fields
 
 logger = logging.getLogger(__name__)
 

@@ -107,8 +107,7 @@ def build_classifier(
     cfg = pretrained_cfg(backbone)
     names = automatic_taps(backbone) if taps == "auto" else tuple(taps or ())
     switch = None if split == "none" else split_norms(backbone, split)
-    if names:
-        check_taps(backbone, names)
+    check_taps(backbone, names)
     classifier = Classifier(backbone, model.mean or cfg["mean"], model.std or cfg["std"], switch=switch, taps=names)
     classifier.tap_dims = _probe(classifier, model.name, image_size)
     return classifier

@@ -92,8 +92,8 @@ def check_taps(net: nn.Module, taps: Sequence[str]) -> None:
         if tap not in known:
             close = difflib.get_close_matches(tap, known, n=4, cutoff=0.5) or known[-4:]
             raise UserError(f"objective.taps: {tap}: no such module in the net; it has {', '.join(close)}")
-    if not taps or len(set(taps)) < len(taps):
-        raise UserError(f"objective.taps: {list(taps)}: one or more module names, each once")
+    if len(set(taps)) < len(taps):
+        raise UserError(f"objective.taps: {list(taps)}: module names, each once, would be right")
 
 
 def _stages(net: nn.Module) -> list[dict]:

@@ -191,7 +191,6 @@ def test_building_leaves_the_flags_and_the_statistics_as_new():
     [
         ({"taps": ("layer4.0.b1",)}, "objective.taps: layer4.0.b1: no such module", "layer4.0.bn1"),
         ({"taps": ("layer4.0.bn1.adv",)}, "objective.taps: layer4.0.bn1.adv: no such module", "layer4.0.bn1,"),
-        ({"taps": ()}, "objective.taps: []:", "one or more"),
         ({"taps": ("layer4.0", "layer4.0")}, "objective.taps:", "each once"),
         ({"taps": ("layer4.0.drop_path",), "split": "none"}, "objective.taps: layer4.0.drop_path", "no such"),
         (
@@ -282,6 +281,12 @@ def test_a_checkpoint_of_another_net_or_with_code_is_refused(tmp_path):
     rubbish.write_bytes(b"no weights at all")
     with pytest.raises(UserError, match=r"^model\.checkpoint: .*plain weights"):
         build(args=NARROW, checkpoint=str(rubbish))
+
+
+def test_a_net_may_have_no_taps():
+    classifier = build(args=NARROW, taps=())
+    logits, features = classifier.eval().forward_with_taps(torch.rand(2, 3, SIZE, SIZE))
+    assert (logits.shape, features, classifier.tap_dims) == ((2, 10), [], ())
 
 
 def test_automatic_taps_say_so_where_timm_names_no_stages():
