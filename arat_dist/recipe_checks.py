@@ -1,135 +1,114 @@
-"""What keys of a recipe say to each other: checks that need nothing but the recipe."""
+"""What the keys of a recipe mean for each other: checks that need nothing but the recipe."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import chain
 
 from arat_dist.config import ARATConfig, LBGATConfig, Recipe, TRADESConfig
 from arat_dist.errors import UserError
 
 
 def check_fields(recipe: Recipe, source: str) -> None:
-    """Checks between fields that need nothing but the recipe (UserError; `source` names it)."""
-    attack, optim, data = recipe.attack, recipe.optim, recipe.data
-    climbs_kl = isinstance(recipe.objective, TRADESConfig | LBGATConfig) and not attack.targeted
-    teacher = recipe.objective.teacher if isinstance(recipe.objective, LBGATConfig) else None
-    largest_l1 = 3 * data.image_size**2
-    l1_limit = f"pixels are in [0,1], so l1 eps is at most 3*image_size^2 ({largest_l1})"
-    checks = [
-        (
-            attack.norm == "linf" and attack.eps > 1,
-            f"attack.eps: {attack.eps:g}: pixels are in [0,1], so linf eps is at most 1 (8/255 is usual)",
-        ),
-        (
-            recipe.eval.eps is not None and (recipe.eval.norm or attack.norm) == "linf" and recipe.eval.eps > 1,
-            f"eval.eps: {recipe.eval.eps or 0:g}: pixels are in [0,1], so linf eps is at most 1 (8/255 is usual)",
-        ),
-        (
-            attack.norm == "l1" and attack.eps > largest_l1,
-            f"attack.eps: {attack.eps:g}: {l1_limit}",
-        ),
-        (
-            recipe.eval.eps is not None and (recipe.eval.norm or attack.norm) == "l1" and recipe.eval.eps > largest_l1,
-            f"eval.eps: {recipe.eval.eps or 0:g}: {l1_limit}",
-        ),
-        (
-            recipe.eval.norm not in (None, attack.norm) and recipe.eval.eps is None,
-            f"eval.norm: {recipe.eval.norm}: give eval.eps too, attack.eps is a radius in {attack.norm}",
-        ),
-        (
-            attack.step_size is not None and attack.step_size > 2 * attack.eps,
-            f"attack.step_size: {attack.step_size or 0:g}: at most twice attack.eps ({2 * attack.eps:g}) has a use",
-        ),
-        (
-            attack.name == "apgd" and attack.step_size is not None,
-            f"attack.step_size: {attack.step_size or 0:g}: goes without apgd, which finds its own",
-        ),
-        (
-            attack.name in ("fgsm", "nfgsm") and (attack.steps not in (None, 1) or bool(attack.steps_from)),
-            f"attack.steps: {attack.steps}: {attack.name} takes 1 step; pgd takes more",
-        ),
-        (
-            attack.name == "nfgsm" and (attack.norm != "linf" or attack.start not in ("auto", "uniform")),
-            f"attack.name: nfgsm: goes with norm linf and start uniform, here {attack.norm} and {attack.start}",
-        ),
-        (
-            attack.targeted and attack.loss == "kl",
-            "attack.targeted: true: goes with attack.loss ce or dlr, here kl",
-        ),
-        (
-            [epoch for epoch, _ in attack.steps_from] != sorted({epoch for epoch, _ in attack.steps_from}),
-            f"attack.steps_from: {[list(pair) for pair in attack.steps_from]}: ascending epochs",
-        ),
-        (
-            attack.loss == "dlr" and data.num_classes < 3 + attack.targeted,
-            f"attack.loss: dlr: needs {3 + attack.targeted} classes, data.num_classes is {data.num_classes}",
-        ),
-        (
-            isinstance(recipe.objective, ARATConfig) and recipe.objective.gamma > 0 and not recipe.objective.taps,
-            "objective.gamma: goes with at least one of objective.taps; 0, or taps: auto, would be right",
-        ),
-        (
-            recipe.train.swa_start_epoch is not None and recipe.train.swa_start_epoch >= recipe.train.epochs,
-            f"train.swa_start_epoch: {recipe.train.swa_start_epoch or 0:g}: less than train.epochs "
-            f"({recipe.train.epochs}), or nothing is averaged",
-        ),
-        (
-            optim.warmup_epochs >= recipe.train.epochs,
-            f"optim.warmup_epochs: {optim.warmup_epochs:g}: less than train.epochs ({recipe.train.epochs})",
-        ),
-        (
-            optim.schedule == "step" and list(optim.milestones) != sorted(set(optim.milestones)),
-            f"optim.milestones: {list(optim.milestones)}: ascending epochs",
-        ),
-        (
-            optim.schedule == "step" and any(epoch >= recipe.train.epochs for epoch in optim.milestones),
-            f"optim.milestones: {list(optim.milestones)}: below train.epochs ({recipe.train.epochs})",
-        ),
-        (
-            data.augment == "pad_crop" and data.padding > data.image_size // 2,
-            f"data.padding: {data.padding}: at most half of data.image_size ({data.image_size})",
-        ),
-        (
-            (optim.schedule == "step") != bool(optim.milestones),
-            f"optim.milestones: {list(optim.milestones)}: goes with optim.schedule step, here {optim.schedule}",
-        ),
-        (
-            optim.schedule == "cosine" and optim.min_lr > optim.lr,
-            f"optim.min_lr: {optim.min_lr:g}: at most optim.lr ({optim.lr:g})",
-        ),
-        (
-            optim.nesterov and (optim.name != "sgd" or optim.momentum == 0),
-            f"optim.nesterov: true: goes with sgd and momentum, here {optim.name}, {optim.momentum:g}",
-        ),
-        (
-            recipe.train.global_batch_size < 2 * recipe.world_size,
-            f"train.global_batch_size: {recipe.train.global_batch_size}: at least 2 a worker ({recipe.world_size})",
-        ),
-        (
-            data.crop_scale[0] <= 0 or data.crop_scale[0] > data.crop_scale[1],
-            f"data.crop_scale: {list(data.crop_scale)}: two fractions, the smaller first and above 0",
-        ),
-        (
-            attack.eps_warmup_epochs >= recipe.train.epochs and attack.eps_warmup_epochs > 0,
-            f"attack.eps_warmup_epochs: {attack.eps_warmup_epochs:g}: less than train.epochs ({recipe.train.epochs})",
-        ),
-        (
-            any(epoch >= recipe.train.epochs for epoch, _ in attack.steps_from),
-            f"attack.steps_from: {[list(pair) for pair in attack.steps_from]}: epochs below train.epochs "
-            f"({recipe.train.epochs})",
-        ),
-        (
-            attack.start == "none" and (attack.loss == "kl" or (attack.loss == "auto" and climbs_kl)),
+    """Refuse keys that don't go together (UserError); `source` names the recipe."""
+    faults = (_radius, _attack, _attack_course, _loss, _data, _starts, _optim, _train)
+    for message in chain.from_iterable(find(recipe) for find in faults):
+        raise UserError(f"{source}: {message}")
+
+
+def _radius(recipe: Recipe) -> Iterator[str]:
+    attack, evaluation = recipe.attack, recipe.eval
+    largest = {"linf": 1, "l1": 3 * recipe.data.image_size**2}
+    hints = {"linf": "at most 1 (8/255 is usual)", "l1": f"at most 3*image_size^2 ({largest['l1']})"}
+    radii = {"attack.eps": (attack.norm, attack.eps)}
+    if evaluation.eps is not None:
+        radii["eval.eps"] = (evaluation.norm or attack.norm, evaluation.eps)
+    for key, (norm, eps) in radii.items():
+        if norm in largest and eps > largest[norm]:
+            yield f"{key}: {eps:g}: pixels are in [0,1], so {norm} eps is {hints[norm]}"
+    if evaluation.norm not in (None, attack.norm) and evaluation.eps is None:
+        yield f"eval.norm: {evaluation.norm}: give eval.eps too, attack.eps is a radius in {attack.norm}"
+
+
+def _attack(recipe: Recipe) -> Iterator[str]:
+    attack = recipe.attack
+    if attack.step_size is not None and attack.name == "apgd":
+        yield f"attack.step_size: {attack.step_size:g}: goes without apgd, which finds its own"
+    if attack.step_size is not None and attack.step_size > 2 * attack.eps:
+        yield f"attack.step_size: {attack.step_size:g}: at most twice attack.eps ({2 * attack.eps:g}) has a use"
+    if attack.name in ("fgsm", "nfgsm") and (attack.steps not in (None, 1) or attack.steps_from):
+        yield f"attack.steps: {attack.steps}: {attack.name} takes 1 step; pgd takes more"
+    if attack.name == "nfgsm" and (attack.norm != "linf" or attack.start not in ("auto", "uniform")):
+        yield f"attack.name: nfgsm: goes with norm linf and start uniform, here {attack.norm} and {attack.start}"
+
+
+def _attack_course(recipe: Recipe) -> Iterator[str]:
+    attack, epochs = recipe.attack, recipe.train.epochs
+    begins, pairs = [epoch for epoch, _ in attack.steps_from], [list(pair) for pair in attack.steps_from]
+    if begins != sorted(set(begins)):
+        yield f"attack.steps_from: {pairs}: ascending epochs"
+    if any(epoch >= epochs for epoch in begins):
+        yield f"attack.steps_from: {pairs}: epochs below train.epochs ({epochs})"
+    if attack.eps_warmup_epochs >= epochs:
+        yield f"attack.eps_warmup_epochs: {attack.eps_warmup_epochs:g}: less than train.epochs ({epochs})"
+
+
+def _loss(recipe: Recipe) -> Iterator[str]:
+    attack, objective, num_classes = recipe.attack, recipe.objective, recipe.data.num_classes
+    if attack.targeted and attack.loss == "kl":
+        yield "attack.targeted: true: goes with attack.loss ce or dlr, here kl"
+    if attack.loss == "dlr" and num_classes < 3 + attack.targeted:
+        yield f"attack.loss: dlr: needs {3 + attack.targeted} classes, data.num_classes is {num_classes}"
+    by_default = isinstance(objective, TRADESConfig | LBGATConfig) and not attack.targeted
+    if attack.start == "none" and (attack.loss == "kl" or (attack.loss == "auto" and by_default)):
+        yield (
             "attack.start: none: KL from the clean prediction has no slope at the picture itself; gaussian or uniform "
-            "would be right",
-        ),
-        (
-            teacher is not None and teacher.pretrained and teacher.checkpoint is not None,
-            "objective.teacher.checkpoint: goes without objective.teacher.pretrained; one of them starts the net",
-        ),
-        (
-            recipe.model.pretrained and recipe.model.checkpoint is not None,
-            f"model.checkpoint: {recipe.model.checkpoint}: goes without model.pretrained; one of them starts the net",
-        ),
-    ]
-    for failed, message in checks:
-        if failed:
-            raise UserError(f"{source}: {message}")
+            "would be right"
+        )
+    if isinstance(objective, ARATConfig) and objective.gamma > 0 and not objective.taps:
+        yield "objective.gamma: goes with at least one of objective.taps; 0, or taps: auto, would be right"
+
+
+def _data(recipe: Recipe) -> Iterator[str]:
+    data = recipe.data
+    if data.augment == "pad_crop" and data.padding > data.image_size // 2:
+        yield f"data.padding: {data.padding}: at most half of data.image_size ({data.image_size})"
+    if not 0 < data.crop_scale[0] <= data.crop_scale[1]:
+        yield f"data.crop_scale: {list(data.crop_scale)}: two fractions, the smaller first and above 0"
+
+
+def _starts(recipe: Recipe) -> Iterator[str]:
+    models = {"model": recipe.model}
+    if isinstance(recipe.objective, LBGATConfig) and recipe.objective.teacher is not None:
+        models["objective.teacher"] = recipe.objective.teacher
+    for key, model in models.items():
+        if model.pretrained and model.checkpoint is not None:
+            yield f"{key}.checkpoint: {model.checkpoint}: goes without {key}.pretrained; one of them starts the net"
+
+
+def _optim(recipe: Recipe) -> Iterator[str]:
+    optim, epochs = recipe.optim, recipe.train.epochs
+    if optim.warmup_epochs >= epochs:
+        yield f"optim.warmup_epochs: {optim.warmup_epochs:g}: less than train.epochs ({epochs})"
+    milestones = list(optim.milestones)
+    if (optim.schedule == "step") != bool(milestones):
+        yield f"optim.milestones: {milestones}: goes with optim.schedule step, here {optim.schedule}"
+    if milestones != sorted(set(milestones)):
+        yield f"optim.milestones: {milestones}: ascending epochs"
+    if any(epoch >= epochs for epoch in milestones):
+        yield f"optim.milestones: {milestones}: below train.epochs ({epochs})"
+    if optim.schedule == "cosine" and optim.min_lr > optim.lr:
+        yield f"optim.min_lr: {optim.min_lr:g}: at most optim.lr ({optim.lr:g})"
+    if optim.nesterov and (optim.name != "sgd" or optim.momentum == 0):
+        yield f"optim.nesterov: true: goes with sgd and momentum, here {optim.name}, {optim.momentum:g}"
+
+
+def _train(recipe: Recipe) -> Iterator[str]:
+    train = recipe.train
+    if train.global_batch_size < 2 * recipe.world_size:
+        yield f"train.global_batch_size: {train.global_batch_size}: at least 2 a worker ({recipe.world_size})"
+    if train.swa_start_epoch is not None and train.swa_start_epoch >= train.epochs:
+        yield (
+            f"train.swa_start_epoch: {train.swa_start_epoch:g}: less than train.epochs ({train.epochs}), or nothing is "
+            "averaged"
+        )

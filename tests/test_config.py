@@ -517,7 +517,7 @@ def test_another_attack_takes_no_step_from_the_one_before(recipe_file, caplog):
         ({"train__swa_start_epoch": 10}, "train.swa_start_epoch: 10: less than train.epochs (10)"),
         (
             {"objective": {"name": "lbgat", "teacher": {"name": "x", "pretrained": True, "checkpoint": "x.pth"}}},
-            "objective.teacher.checkpoint: goes without objective.teacher.pretrained",
+            "objective.teacher.checkpoint: x.pth: goes without objective.teacher.pretrained",
         ),
     ],
     ids=str,
