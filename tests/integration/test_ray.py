@@ -169,12 +169,13 @@ def shrunk(tmp_path_factory) -> dict[str, Recipe]:
 
 
 @pytest.fixture(scope="module")
-def stepped(shrunk) -> dict[str, Any]:
+def stepped(shrunk, tmp_path_factory) -> dict[str, Any]:
     trainable = {name: recipe for name, recipe in shrunk.items() if recipe.engine.kind == "ddp"}
     for recipe in trainable.values():
         check_recipe(recipe)
     # By value: workers can't import this file.
-    return run_workers(partial(by_value(train_each), trainable), TWO, "recipes")
+    cluster = TWO.model_copy(update={"storage": str(tmp_path_factory.mktemp("stepped"))})
+    return run_workers(partial(by_value(train_each), trainable), cluster, "recipes")
 
 
 def by_value(function: Any) -> Any:
