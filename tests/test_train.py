@@ -8,6 +8,7 @@ import pytest
 import torch
 from toys import Sets, toy_batch, toy_recipe
 
+from arat_dist.averaging import restate
 from arat_dist.checkpoint import Checkpoint, checkpoint_names, load_checkpoint, load_newest
 from arat_dist.config import Recipe
 from arat_dist.data.manifest import load_manifest
@@ -279,3 +280,45 @@ def test_training_learns(sets: Sets, tmp_path):
     run, _ = start(recipe, tmp_path)
     losses = [line["loss"] for line in run.metrics()]
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_the_attack_follows_its_schedule_step_by_step(sets: Sets, tmp_path):
+    """At eps 0, in the first step of a warm-up, adversarial training is plain training; then it is not."""
+    keys = {"max_steps": 3, "log_every": 1}
+    plain, _ = start(toy_recipe(sets, objective={"name": "standard"}, train=keys), tmp_path, "plain")
+    warm = toy_recipe(sets, objective={"name": "at"}, attack={"steps": 2, "eps_warmup_epochs": 2}, train=keys)
+    rising, _ = start(warm, tmp_path, "rising")
+    full, _ = start(toy_recipe(sets, objective={"name": "at"}, attack={"steps": 2}, train=keys), tmp_path, "full")
+    losses = [[line["loss"] for line in run.metrics()] for run in (plain, rising, full)]
+    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-6)
+    assert losses[0][0] < losses[2][0] - 1e-3
+    assert losses[0][2] != pytest.approx(losses[1][2], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["ema", "swa"])
+def test_the_average_that_a_run_ends_with_has_its_own_statistics(sets: Sets, tmp_path, kind):
+    recipe = toy_recipe(sets, train={"ema": {"ema_decay": 0.8}, "swa": {"swa_start_epoch": 1, "swa_every": 2}}[kind])
+    run, summary = start(recipe, tmp_path)
+    assert summary["weights"] == kind
+    objective = build_objective(recipe).train()
+    saved = newest(run).weights[kind]
+    objective.classifier.load_state_dict(saved)
+    restate(objective, objective.classifier, recipe, RANK)
+    for name, value in objective.classifier.state_dict().items():
+        torch.testing.assert_close(value, saved[name], msg=lambda m, n=name: f"{n}: {m}")
+    assert any("clean.running_mean" in name and value.any() for name, value in saved.items())
+
+
+def test_ranks_compare_what_they_found_before_the_first_step(sets: Sets, tmp_path, monkeypatch):
+    start(toy_recipe(sets, train={"max_steps": 3}), tmp_path)
+    seen = []
+
+    def disagree(*found: Any) -> None:
+        seen.append(found)
+        raise RuntimeError("checkpoints of different steps")
+
+    monkeypatch.setattr("arat_dist.train.check_agreement", disagree)
+    with pytest.raises(RuntimeError, match="different steps"):
+        start(toy_recipe(sets), tmp_path)
+    assert seen == [(3, load_manifest(sets.train), RANK)]
+    assert Run(str(tmp_path), "run").metrics()[-1]["step"] == 3
