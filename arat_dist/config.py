@@ -267,8 +267,15 @@ class TrainConfig(Section):
     """Passes over the training set."""
     global_batch_size: Annotated[Integer, Field(ge=2)]
     """Pictures of one optimizer step, over all workers."""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Compute precision of attack and training passes; master weights are fp32."""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """Compute precision of attack and training passes; master weights are fp32. fp16 scales losses and attacks."""
+    compile: bool = False
+    """Compile the net with torch.compile: minutes at the start, faster steps."""
+    micro_batches: Count = 1
+    """Parts that a worker's share of a step is worked off in, for less memory: one update and one all-reduce a step.
+    Batch statistics are a part's own."""
+    grad_checkpointing: bool = False
+    """Activation checkpointing: every stage of the net keeps its input alone and runs again in backward passes."""
     seed: Annotated[Integer, Field(ge=0, lt=2**31)] = 0
     """Fixes weights at the start, sample order, augmentation, attack starts, dropout."""
     sync_norms: bool = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,6 +16,8 @@ from arat_dist.config import EngineConfig, OptimConfig
 from arat_dist.errors import UserError
 from arat_dist.objectives.base import Objective, Output
 from arat_dist.optim import build_optimizer
+
+_LEAST_LOSS_SCALE = 2.0**-10
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,22 @@ class Engine(Protocol):
         """The one wrapped forward of a step."""
         ...
 
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Around a forward and backward pass whose gradients are only added up, to be joined by a later one."""
+        ...
+
     def backward(self, loss: Tensor) -> None:
-        """Gradients, averaged over the ranks."""
+        """Add gradients, averaged over the ranks."""
+        ...
+
+    def is_finite(self) -> bool:
+        """Whether the gradients fit into fp16; if not they are forgotten, for another try at half the loss scale.
+
+        Always true, without a look, in other precisions.
+
+        Raises:
+            FloatingPointError: no loss scale helps.
+        """
         ...
 
     def step(self) -> None:
@@ -79,13 +96,21 @@ class Engine(Protocol):
 
 
 class DDPEngine:
-    """DistributedDataParallel; on one rank the bare module, without a process group."""
+    """DistributedDataParallel; on one rank the bare module, without a process group.
 
-    def __init__(self, objective: Objective, optim: OptimConfig, rank: Rank):
+    Args:
+        objective: the module; moved to the rank's device.
+        optim: the recipe's section.
+        rank: this process.
+        scales_loss: multiply losses, as fp16 needs.
+    """
+
+    def __init__(self, objective: Objective, optim: OptimConfig, rank: Rank, *, scales_loss: bool = False):
         # Channels last, as the pictures come: the faster format for convolutions on CPUs and on tensor cores.
         self.objective = objective.to(rank.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self._optimizer = build_optimizer(self.objective, optim)
         self._clip_norm = optim.clip_grad_norm
+        self._scaler = torch.amp.GradScaler(rank.device.type, enabled=scales_loss)
         self._wrapped: nn.Module = self.objective
         if rank.world_size > 1:
             # Running statistics are per rank unless norms are synchronised; `average_statistics` joins them where used.
@@ -97,15 +122,34 @@ class DDPEngine:
         """See `Engine`."""
         return self._wrapped(images, labels, keys)
 
+    def no_sync(self) -> AbstractContextManager[None]:
+        """See `Engine`."""
+        return self._wrapped.no_sync() if isinstance(self._wrapped, DistributedDataParallel) else nullcontext()
+
     def backward(self, loss: Tensor) -> None:
         """See `Engine`."""
-        loss.backward()
+        self._scaler.scale(loss).backward()
+
+    def is_finite(self) -> bool:
+        """See `Engine`."""
+        if not self._scaler.is_enabled():
+            return True
+        # Equal on all ranks: DDP has joined the gradients.
+        self._scaler.unscale_(self._optimizer)
+        if self.gradient_norm().isfinite().item():
+            return True
+        self._scaler.update()
+        self._optimizer.zero_grad(set_to_none=True)
+        if self._scaler.get_scale() < _LEAST_LOSS_SCALE:
+            raise FloatingPointError("the gradient is no number at any loss scale; a lower optim.lr would be a start")
+        return False
 
     def step(self) -> None:
         """See `Engine`."""
         if self._clip_norm is not None:
             nn.utils.clip_grad_norm_(self.objective.parameters(), self._clip_norm)
-        self._optimizer.step()
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
         self._optimizer.zero_grad(set_to_none=True)
 
     def set_lr(self, lr: float) -> None:
@@ -119,11 +163,12 @@ class DDPEngine:
 
     def state_dict(self) -> dict[str, Any]:
         """See `Engine`."""
-        return self._optimizer.state_dict()
+        return self._optimizer.state_dict() | {"loss_scale": self._scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Engine`."""
         self._optimizer.load_state_dict(state)
+        self._scaler.load_state_dict(state["loss_scale"])
 
 
 def check_engine(config: EngineConfig) -> None:
@@ -132,10 +177,12 @@ def check_engine(config: EngineConfig) -> None:
         raise UserError(f"engine.kind: {config.kind}: DeepSpeed can't train yet; ddp would be right")
 
 
-def build_engine(objective: Objective, config: EngineConfig, optim: OptimConfig, rank: Rank) -> Engine:
-    """The engine that the recipe names."""
+def build_engine(
+    objective: Objective, config: EngineConfig, optim: OptimConfig, rank: Rank, *, scales_loss: bool = False
+) -> Engine:
+    """The engine that the recipe names; see `DDPEngine`."""
     check_engine(config)
-    return DDPEngine(objective, optim, rank)
+    return DDPEngine(objective, optim, rank, scales_loss=scales_loss)
 
 
 def average_statistics(module: nn.Module, rank: Rank) -> None:

@@ -11,7 +11,7 @@ from arat_dist.errors import UserError
 
 def check_fields(recipe: Recipe, source: str) -> None:
     """Refuse keys that don't go together (UserError); `source` names the recipe."""
-    faults = (_radius, _attack, _attack_course, _loss, _data, _starts, _optim, _train)
+    faults = (_radius, _attack, _attack_course, _loss, _data, _starts, _optim, _step, _train)
     for message in chain.from_iterable(find(recipe) for find in faults):
         raise UserError(f"{source}: {message}")
 
@@ -101,6 +101,23 @@ def _optim(recipe: Recipe) -> Iterator[str]:
         yield f"optim.min_lr: {optim.min_lr:g}: at most optim.lr ({optim.lr:g})"
     if optim.nesterov and (optim.name != "sgd" or optim.momentum == 0):
         yield f"optim.nesterov: true: goes with sgd and momentum, here {optim.name}, {optim.momentum:g}"
+
+
+def _step(recipe: Recipe) -> Iterator[str]:
+    train = recipe.train
+    num_pairs = max(1, train.global_batch_size // (2 * recipe.world_size))
+    if train.micro_batches > num_pairs:
+        yield (
+            f"train.micro_batches: {train.micro_batches}: at most {num_pairs}: a part has 2 pictures or more, and "
+            f"{recipe.world_size} workers share train.global_batch_size ({train.global_batch_size})"
+        )
+    for key, value in (
+        ("train.sync_norms", train.sync_norms),
+        ("train.grad_checkpointing", train.grad_checkpointing),
+        ("track.diagnostics_every", recipe.track.diagnostics_every is not None),
+    ):
+        if train.compile and value:
+            yield f"train.compile: true: goes without {key}"
 
 
 def _train(recipe: Recipe) -> Iterator[str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,10 +24,14 @@ from arat_dist.engine import Engine, Rank, average_statistics, build_engine
 from arat_dist.evaluate import eval_config, evaluate
 from arat_dist.models.classifier import Classifier
 from arat_dist.objectives import build_objective
-from arat_dist.objectives.base import Objective
+from arat_dist.objectives.base import Objective, Output
 from arat_dist.optim import lr_at
 from arat_dist.run import Run
+from arat_dist.step import StepResult, compute_gradients, micro_batches, part_sizes
 
+T = TypeVar("T")
+TIMED = ("loader_wait", "compute")
+"""What the log measures the time of."""
 logger = logging.getLogger(__name__)
 
 
@@ -40,7 +46,8 @@ def train(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
     checkpoint = load_newest(run.checkpoints)
     # A checkpoint holds all weights: what the net started from is not asked for again.
     objective = build_objective(recipe if checkpoint is None else recipe.without_start())
-    engine = build_engine(objective, recipe.engine, recipe.optim, rank)
+    scales_loss = settings.precision == "fp16"
+    engine = build_engine(objective, recipe.engine, recipe.optim, rank, scales_loss=scales_loss)
     averages = build_averages(recipe, objective.classifier, order.num_samples)
     start = resume(checkpoint, engine, averages)
     stop = max(start, num_steps(recipe))
@@ -49,27 +56,30 @@ def train(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
     if rank.is_first:
         run.begin_attempt(step=start, num_steps=stop, world_size=rank.world_size)
 
+    def inspect(out: Output, share: float) -> None:
+        log.note(diagnose(objective, out.terms, share, rank))
+
     objective.train()
-    with train_loader(recipe.data, settings.seed, order.largest_share(rank.world_size)) as loader:
+    largest_share = order.largest_share(rank.world_size)
+    if settings.compile:
+        objective.compile_backbones(batch_size=part_sizes(largest_share, settings.micro_batches)[0])
+    with train_loader(recipe.data, settings.seed, largest_share) as loader:
         batches = loader.iterate(order.shares(rank.index, rank.world_size, start, stop))
-        for step, batch in enumerate(batches, start):
-            done = step + 1
-            seed_step(settings.seed, step, rank)
+        for step, batch in enumerate(log.waiting(batches), start):
+            done, global_size = step + 1, order.batch_size_at(step)
             engine.set_lr(lr := learning_rate(recipe, order, step))
             objective.begin_step(order.epochs_after(step))
-            images, labels, keys = (tensor.to(rank.device, non_blocking=True) for tensor in batch)
-            out = engine(images, labels, keys)
-            # Ranks' shares may differ by a pair; so weighed, the average over ranks is the mean over the global batch.
-            share = len(labels) * rank.world_size / order.batch_size_at(step)
-            if is_due(done, recipe.track.diagnostics_every):
-                log.note(diagnose(objective, out.terms, share, rank))
-            engine.backward(out.loss * share)
-            log.add({"loss": out.loss.detach(), **out.metrics}, len(labels))
+            with log.computing():
+                parts = micro_batches(batch, settings.micro_batches, global_size, rank)
+                reseed = partial(seed_step, settings.seed, step, rank)
+                look = inspect if is_due(done, recipe.track.diagnostics_every) else None
+                log.add(compute_gradients(engine, parts, rank.world_size / global_size, reseed, look))
             saves = done == stop or is_due(done, settings.checkpoint_every, order.ends_epoch(step))
             # A line goes before each checkpoint: it refuses a loss that is no number, and a resumed run begins a line.
             if saves or is_due(done, settings.log_every):
                 log.write(done, order.epochs_after(done), lr, engine.gradient_norm())
-            engine.step()
+            with log.computing():
+                engine.step()
             for average in averages.values():
                 average.update(objective.classifier, done)
             if order.ends_epoch(step):
@@ -209,13 +219,37 @@ class MetricsLog:
         self._names: list[str] = []
         self._notes: dict[str, Tensor] = {}
         self._sums: Tensor | None = None
+        self._seconds = dict.fromkeys(TIMED, 0.0)
+        self._num_overflows = self._last.get("overflows", 0)
 
-    def add(self, metrics: dict[str, Tensor], count: int) -> None:
-        """Add one step's means over this rank's `count` samples."""
-        self._names = list(metrics)
-        weighed = torch.stack([*metrics.values()]).double() * count
-        self._sums = weighed if self._sums is None else self._sums.add_(weighed)
-        self._line_images += count
+    def waiting(self, batches: Iterable[T]) -> Iterator[T]:
+        """The batches; the time that the loop waits for them is kept apart."""
+        iterator = iter(batches)
+        while True:
+            began = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            finally:
+                self._seconds["loader_wait"] += time.perf_counter() - began
+            yield batch
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Around what is the method's own work: the time that goes elsewhere is the trainer's."""
+        began = time.perf_counter()
+        yield
+        self._seconds["compute"] += time.perf_counter() - began
+
+    def add(self, result: StepResult) -> None:
+        """Add one step's means over this rank's samples."""
+        for metrics, num_samples in result.metrics:
+            self._names = list(metrics)
+            weighed = torch.stack([*metrics.values()]).double() * num_samples
+            self._sums = weighed if self._sums is None else self._sums.add_(weighed)
+            self._line_images += num_samples
+        self._num_overflows += result.num_overflows
 
     def note(self, metrics: dict[str, Tensor]) -> None:
         """Keep 0-d values that are the same on all ranks for the next line."""
@@ -232,6 +266,7 @@ class MetricsLog:
         *sums, num_images = self._rank.all_reduce(torch.cat([self._sums, counts])).tolist()
         means = {name: value / num_images for name, value in zip(self._names, sums, strict=True)}
         now = time.perf_counter()
+        elapsed = now - self._line_begin
         self._last = {
             "step": step,
             "epoch": round(epoch, 4),
@@ -240,13 +275,17 @@ class MetricsLog:
             **{name: value.item() for name, value in self._notes.items()},
             "lr": lr,
             "gradient_norm": gradient_norm.item(),
-            "images_per_second": num_images / (now - self._line_begin),
+            "images_per_second": num_images / elapsed,
             "memory_mb": _peak_memory_mb(self._rank.device),
+            # Shares of the host's time; on a GPU, which works on its own, the host waits where it needs a result.
+            **{f"{name}_fraction": round(self._seconds[name] / elapsed, 4) for name in TIMED},
+            **({"overflows": self._num_overflows} if self._num_overflows else {}),
         }
         if self._rank.is_first:
             self._run.log(self._last)
         self._num_images += int(num_images)
         self._sums, self._notes, self._line_images, self._line_begin = None, {}, 0, now
+        self._seconds = dict.fromkeys(TIMED, 0.0)
         for name in ("loss", "gradient_norm"):
             if not math.isfinite(value := self._last[name]):
                 raise FloatingPointError(f"step {step}: {name} is {value}; a lower optim.lr would be a start")

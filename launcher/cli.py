@@ -60,7 +60,7 @@ def _run(args: argparse.Namespace, extra: Sequence[str]) -> dict[str, Any] | Non
     """Call the verb. Libraries print, and so does Ray what its workers print: stdout is for results alone."""
     with redirect_stdout(sys.stderr):
         try:
-            args.overrides = _overrides(extra, allowed=args.verb in ("train", "demo"))
+            args.overrides = _overrides(extra, allowed=args.verb in ("train", "demo", "bench"))
             return args.run(args)
         finally:
             if "ray" in sys.modules:
@@ -176,6 +176,46 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
     return {"export": str(exported.folder), "max_difference": exported.max_difference}
 
 
+def bench_step(args: argparse.Namespace) -> dict[str, Any]:
+    """`arat bench step`."""
+    import torch
+
+    from arat_dist.bench.step import bench_step as measure
+    from arat_dist.bench.step import step_recipe
+    from launcher.progress import console, step_table
+
+    changes = {"train.compile": True} if args.compile else {}
+    recipe = step_recipe(
+        args.model,
+        image_size=args.image_size,
+        num_classes=args.num_classes,
+        batch_size=args.batch_size,
+        attack_steps=args.attack_steps,
+        precision=args.precision,
+        overrides=changes | dict(args.overrides),
+    )
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with console.status("building") as status:
+        result = measure(recipe, device, repeats=args.repeats, on_progress=status.update)
+    _print_unless_json(args, step_table(result))
+    return result
+
+
+def bench_train(args: argparse.Namespace) -> dict[str, Any]:
+    """`arat bench train`."""
+    from launcher.bench import bench_train as measure
+
+    result = measure(load_recipe(args.recipe, args.overrides))
+    _print_unless_json(
+        args,
+        f"{result['images_per_second']:.1f} pictures/s over {result['steps']} steps; {result['overhead_fraction']:.2%} "
+        f"of the time went to what is not the step, {result['loader_wait_fraction']:.2%} to waiting for pictures",
+    )
+    return result
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="arat", description="Adversarially robust image classifiers: train, evaluate, export.", allow_abbrev=False
@@ -223,6 +263,24 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--workers", type=_count, default=0, help="Ray workers that share the work; 0: this process (0)")
     verb.add_argument("--limit", type=_positive, help="only so many pictures, evenly spaced")
     verb.add_argument("--batch-size", type=_positive, help=f"per worker ({EvalConfig().batch_size})")
+
+    bench = verbs.add_parser("bench", help="measure the speed of the parts").add_subparsers(
+        dest="bench_verb", required=True, metavar="VERB"
+    )
+    verb = _verb(bench, "step", bench_step, "time ARAT's step against the least that it costs and against plain code")
+    verb.add_argument("--model", default="resnet50", help="a timm architecture (resnet50)")
+    verb.add_argument("--image-size", type=_positive, default=224, help="side of the pictures, in pixels (224)")
+    verb.add_argument("--num-classes", type=_positive, default=1000, help="(1000)")
+    verb.add_argument("--batch-size", type=_positive, default=16, help="pictures of a step (16)")
+    verb.add_argument("--attack-steps", type=_positive, default=3, help="steps of PGD (3)")
+    verb.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="bf16", help="of the step (bf16)")
+    verb.add_argument("--compile", action="store_true", help="train.compile")
+    verb.add_argument("--threads", type=_positive, help="that torch uses (torch's own choice)")
+    verb.add_argument("--repeats", type=_positive, default=5, help="rounds, of which medians are taken (5)")
+    verb.epilog = "Recipe keys can be overridden, as in --model.args '{channels: [16, 32, 64, 128]}'."
+    verb = _verb(bench, "train", bench_train, "train a recipe in this process and tell what the loop costs")
+    verb.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+    verb.epilog = "Recipe keys can be overridden, as in --train.max_steps 100."
 
     verb = _verb(verbs, "export", export, "write a run's adv branch as a plain timm checkpoint")
     verb.add_argument("target", metavar="RUN")

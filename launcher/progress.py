@@ -85,3 +85,25 @@ def results_table(title: str, rows: list[tuple[str, dict[str, Any]]]) -> Table:
             str(row["num_samples"]),
         )
     return table
+
+
+def step_table(result: dict[str, Any]) -> Table:
+    """What `arat bench step` measured."""
+    table = Table(
+        title=f"{result['model']}, {result['image_size']}x{result['image_size']}, batch {result['batch_size']}, "
+        f"PGD-{result['attack_steps']}, {result['precision']}{', compiled' if result['compile'] else ''}, "
+        f"{result['threads']} threads"
+    )
+    for column, justify in (("", "left"), ("ms", "right"), ("of the floor", "right"), ("peak MiB", "right")):
+        table.add_column(column, justify=justify)
+    floor, peak = result["floor_ms"], result["peak_memory_mb"]
+    table.add_row("one forward pass", f"{result['forward_ms']:.1f}", f"{result['forward_ms'] / floor:.3f}", "")
+    table.add_row(f"floor: {2 * result['attack_steps'] + 6} forward passes", f"{floor:.1f}", "1.000", "")
+    table.add_row("the step", f"{result['step_ms']:.1f}", f"{result['floor_ratio']:.3f}", f"{peak:.0f}")
+    for part, milliseconds in result["breakdown_ms"].items():
+        table.add_row(f"  {part.replace('_', ' ')}", f"{milliseconds:.1f}", f"{milliseconds / floor:.3f}", "")
+    for precision in ("fp32", "bf16"):
+        milliseconds = result[f"reference_{precision}_ms"]
+        memory = f"{result['reference_peak_memory_mb']:.0f} (no attack)" if precision == "bf16" else ""
+        table.add_row(f"plain code in {precision}", f"{milliseconds:.1f}", f"{milliseconds / floor:.3f}", memory)
+    return table

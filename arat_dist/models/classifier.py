@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -26,6 +26,9 @@ class Classifier(nn.Module):
         switch: the switch of the backbone's split norms, None if it has none.
         taps: names of the backbone's modules whose pooled outputs `forward_with_taps` returns.
         tap_dims: number of features of each tap.
+
+    Attributes:
+        recorder: what fills the taps.
     """
 
     mean: Tensor
@@ -46,6 +49,9 @@ class Classifier(nn.Module):
         self.taps = taps
         self.tap_dims = tap_dims
         self._switch = switch
+        self.recorder = Recorder(backbone, taps)
+        self._stand_in: Callable[[Tensor], Tensor] | None = None
+        self._is_normalised = all(m == 0 for m in mean) and all(s == 1 for s in std)
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
 
@@ -59,26 +65,43 @@ class Classifier(nn.Module):
         """The dtype of the pixels that the net takes."""
         return self.mean.dtype
 
+    @property
+    def current_branch(self) -> Branch:
+        """The branch that a pass would run now."""
+        return self._switch.branch if self._switch is not None else "adv"
+
     def branch(self, name: Branch) -> AbstractContextManager[None]:
         """Run the adv or the clean branch inside the context; a net that isn't split has one for both."""
         return self._switch.use(name) if self._switch is not None else nullcontext()
 
+    @contextmanager
+    def running(self, backbone: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Run this, a compiled version of the backbone, in its place inside the context."""
+        self._stand_in = backbone
+        try:
+            yield
+        finally:
+            self._stand_in = None
+
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels float [B,3,H,W] in [0,1] -> logits [B,num_classes]."""
-        return self.backbone((pixels - self.mean) / self.std)
+        return (self._stand_in or self.backbone)(self._normalise(pixels))
 
     def forward_with_taps(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Pixels float [B,3,H,W] in [0,1] -> logits [B,num_classes] and the pooled features [B,d_l] of each tap."""
-        with Recorder(self.backbone, self.taps).recording() as features:
+        with self.recorder.recording() as features:
             logits = self(pixels)
         return logits, [feature for (feature,) in features]
 
     def forward_with_penultimate(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels float [B,3,H,W] in [0,1] -> logits [B,num_classes] and the features [B,d] before the last layer."""
         net: Any = self.backbone
-        features = net.forward_features((pixels - self.mean) / self.std)
+        features = net.forward_features(self._normalise(pixels))
         penultimate = net.forward_head(features, pre_logits=True)
         return net.get_classifier()(penultimate), penultimate
+
+    def _normalise(self, pixels: Tensor) -> Tensor:
+        return pixels if self._is_normalised else (pixels - self.mean).div_(self.std)
 
 
 def build_classifier(
@@ -130,7 +153,6 @@ def _probe(classifier: Classifier, name: str, image_size: int) -> tuple[int, ...
     """Number of features of each tap, from one random picture; UserError if that fails."""
     # Not a black picture: with it, features could be zero by chance. The global generator stays as it is.
     pixels = torch.rand(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    recorder = Recorder(classifier.backbone, classifier.taps)
     try:
         with torch.no_grad(), AttackMode(classifier)("running"):
             classifier(pixels)
@@ -140,7 +162,7 @@ def _probe(classifier: Classifier, name: str, image_size: int) -> tuple[int, ...
             f"data.image_size: {image_size}: {name} can't take {image_size}x{image_size}: {reason}"
         ) from error
     try:
-        with torch.no_grad(), AttackMode(classifier)("running"), recorder.recording() as features:
+        with torch.no_grad(), AttackMode(classifier)("running"), classifier.recorder.recording() as features:
             classifier(pixels)
     except ValueError as error:
         raise UserError(f"objective.taps: {list(classifier.taps)}: {error}") from error

@@ -5,8 +5,9 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -36,33 +37,44 @@ def pool(output: Tensor, channels_last: bool = False) -> Tensor:
 
 
 class Recorder:
-    """Pools the outputs of some modules of a net, for as long as the context lasts.
+    """Pools the outputs of some modules of a net, where and for as long as it is asked to.
 
-    Pooling happens inside the hook: an in-place activation after the module would alter its output.
+    Its hooks stay on the modules: a compiled net doesn't notice hooks that come and go. Pooling happens inside them, as
+    an in-place activation after the module would alter its output.
     """
 
     def __init__(self, net: nn.Module, taps: Sequence[str]) -> None:
-        self._modules = [net.get_submodule(tap) for tap in taps]
-        self._channels_last = getattr(net, "output_fmt", None) == "NHWC"
+        self.is_recording = False
+        self._num_taps = len(taps)
         self.features: list[list[Tensor]] = [[] for _ in taps]
+        channels_last = getattr(net, "output_fmt", None) == "NHWC"
+        for index, tap in enumerate(taps):
+            net.get_submodule(tap).register_forward_hook(_Hook(self, index, channels_last))
 
     @contextmanager
     def recording(self) -> Iterator[list[list[Tensor]]]:
-        """For each tap the pooled outputs [B,d] of its calls so far; normally there is one call."""
-        handles = [m.register_forward_hook(self._hook(i)) for i, m in enumerate(self._modules)]
+        """For each tap the pooled outputs [B,d] of its calls inside; normally there is one call."""
+        self.is_recording, self.features = True, [[] for _ in range(self._num_taps)]
         try:
             yield self.features
         finally:
-            for handle in handles:
-                handle.remove()
+            self.is_recording, self.features = False, [[] for _ in range(self._num_taps)]
 
-    def _hook(self, index: int) -> Callable[[nn.Module, object, object], None]:
-        def record(_module: nn.Module, _args: object, output: object) -> None:
-            if not isinstance(output, Tensor):
-                raise ValueError(f"output of type {type(output).__name__}, not a tensor")
-            self.features[index].append(pool(output, self._channels_last))
 
-        return record
+@dataclass(frozen=True)
+class _Hook:
+    """Hands a module's output to the recorder. An object, no closure: a copied net's hooks have the copied recorder."""
+
+    recorder: Recorder
+    index: int
+    channels_last: bool
+
+    def __call__(self, _module: nn.Module, _args: object, output: object) -> None:
+        if not self.recorder.is_recording:
+            return
+        if not isinstance(output, Tensor):
+            raise ValueError(f"output of type {type(output).__name__}, not a tensor")
+        self.recorder.features[self.index].append(pool(output, self.channels_last))
 
 
 def automatic_taps(net: nn.Module) -> tuple[str, ...]:
@@ -71,14 +83,14 @@ def automatic_taps(net: nn.Module) -> tuple[str, ...]:
     Raises:
         UserError: timm's feature_info doesn't name a last stage.
     """
-    stages = _stages(net)
-    if not stages:
+    found = stages(net)
+    if not found:
         raise UserError(
             f"objective.taps: auto: {type(net).__name__} names no stages; a list of its module names is right"
         )
-    last = stages[-1]["module"]
+    last = found[-1]["module"]
     parent, _, _ = last.rpartition(".")
-    if len(stages) > 1 and len({stage["reduction"] for stage in stages}) == 1:
+    if len(found) > 1 and len({stage["reduction"] for stage in found}) == 1:
         blocks = [name for name, _ in net.get_submodule(parent).named_children()]
         return tuple(f"{parent}.{name}" for name in blocks[-math.ceil(len(blocks) / 4) :])
     return _blocks(net, last)
@@ -96,7 +108,7 @@ def check_taps(net: nn.Module, taps: Sequence[str]) -> None:
         raise UserError(f"objective.taps: {list(taps)}: module names, each once, would be right")
 
 
-def _stages(net: nn.Module) -> list[dict]:
+def stages(net: nn.Module) -> list[dict]:
     """The entries of timm's feature_info (a list, or an object around one) that name modules which exist."""
     info = getattr(net, "feature_info", [])
     stages = info if isinstance(info, list) else getattr(info, "info", [])

@@ -15,6 +15,7 @@ from arat_dist.config import (
 from arat_dist.errors import UserError
 from arat_dist.mixing import Mixing
 from arat_dist.models.classifier import Classifier, build_classifier, check_penultimate
+from arat_dist.models.recompute import recompute_stages
 from arat_dist.models.sync_norm import synchronise_norms
 from arat_dist.objectives.arat import ARAT
 from arat_dist.objectives.arrest import ARREST
@@ -89,10 +90,13 @@ def _build_teacher(recipe: Recipe, config: LBGATConfig) -> Classifier:
 
 def _build_net(recipe: Recipe, model: ModelConfig) -> Classifier:
     config = recipe.objective if isinstance(recipe.objective, ARATConfig) else None
-    return build_classifier(
+    classifier = build_classifier(
         model,
         num_classes=recipe.data.num_classes,
         image_size=recipe.data.image_size,
         split=config.split_norm if config else "none",
         taps=config.taps if config else None,
     )
+    if recipe.train.grad_checkpointing:
+        recompute_stages(classifier)
+    return classifier

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arat_dist.losses import hard_labels
+from arat_dist.losses import hard_labels, lifted
 from arat_dist.mixing import Mixing
 from arat_dist.models.classifier import Classifier
+from arat_dist.models.precision import COMPUTE_DTYPES, StepWeights, amplified
 from arat_dist.models.split_norm import AttackMode, Branch
 from arat_dist.objectives.attack import AttackDefaults, TrainingAttack
 
 AllReduce = Callable[[Tensor], Tensor]
 """Sum of a tensor over all ranks."""
-
-COMPUTE_DTYPES = {"fp32": None, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Setting:
 
     Attributes:
         attack: the attack in training.
-        precision: "fp32" or "bf16"; one autocast region spans the attack and the training passes.
+        precision: "fp32", "bf16" or "fp16"; one autocast region spans the attack and the training passes.
         label_smoothing: mass of the target spread over all classes.
         mixing: blends pictures and labels in pairs, None for pictures as they are.
     """
@@ -74,6 +75,8 @@ class Objective(nn.Module):
         self._setting = setting
         self._dtype = COMPUTE_DTYPES[setting.precision]
         self._attack_mode = AttackMode(classifier)
+        self._compiled: dict[Classifier, Callable[[Tensor], Tensor]] = {}
+        self._compiled_size = 0
         self.begin_step(math.inf)
 
     def begin_step(self, epoch: float) -> None:
@@ -91,8 +94,37 @@ class Objective(nn.Module):
         pixels, targets = to_pixels(images, self.classifier.dtype), labels
         if self._setting.mixing is not None:
             pixels, targets = self._setting.mixing(pixels, labels, keys)
-        with self.autocast(images.device):
+        with self.passes(len(images), images.device):
             return self.losses(pixels, targets, keys)
+
+    @contextmanager
+    def passes(self, batch_size: int, device: torch.device) -> Iterator[None]:
+        """What all passes of a step share: one autocast region, weights cast once, compiled nets."""
+        with ExitStack() as stack:
+            stack.enter_context(self.autocast(device))
+            stack.enter_context(self._weights.cast())
+            for classifier, run in self._compiled.items() if batch_size == self._compiled_size else ():
+                stack.enter_context(classifier.running(run))
+            yield
+
+    def compile_backbones(self, batch_size: int) -> None:
+        """Compile every net for batches of one size; other batches, such as a run's last, run uncompiled.
+
+        The passes of a step become graphs of their own (attack, adv branch, clean branch), by what differs between
+        them: an attacked net has no weight that asks for a gradient, so its graph computes none.
+        """
+        from torch._dynamo import config as dynamo_config  # takes seconds
+
+        # torch would cut every graph where DDP's buckets end, attacks included; DDP's hooks sit on the master weights.
+        dynamo_config.optimize_ddp = False
+        nets = [module for module in self.modules() if isinstance(module, Classifier)]
+        self._compiled = {net: torch.compile(net.backbone.forward, dynamic=False) for net in nets}
+        self._compiled_size = batch_size
+
+    @cached_property
+    def _weights(self) -> StepWeights:
+        """Of all parts; made at the first step, when methods have added theirs."""
+        return StepWeights(self, self._dtype)
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """The precision of attack and training passes."""
@@ -131,12 +163,13 @@ class Objective(nn.Module):
         assert setting is not None
         assert attack is not None
         mode = self._attack_mode if classifier is self.classifier else AttackMode(classifier)
-        with mode(setting.norm_stats), classifier.branch("adv"):
-            return attack(setting.loss(classifier, pixels, targets, keys), pixels, keys)
+        net = amplified(classifier) if self._dtype is torch.float16 else classifier
+        with mode(setting.norm_stats), classifier.branch("adv"), self._weights.detached():
+            return attack(setting.loss(net, pixels, targets, keys), pixels, keys)
 
     def cross_entropy(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy with the recipe's label smoothing."""
-        return F.cross_entropy(logits, targets, label_smoothing=self._setting.label_smoothing)
+        return F.cross_entropy(lifted(logits), targets, label_smoothing=self._setting.label_smoothing)
 
 
 def to_pixels(images: Tensor, dtype: torch.dtype) -> Tensor:

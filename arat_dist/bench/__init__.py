@@ -1,0 +1,1 @@
+"""What `arat bench` measures, always side by side in one run."""

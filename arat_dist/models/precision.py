@@ -1,0 +1,114 @@
+"""The numbers that a step computes with: weights cast once, weights without gradients, gradients that fit into fp16."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+COMPUTE_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What attack and training passes compute in; master weights are fp32. None: as they are."""
+
+_CAST_MODULES = (_ConvNd, nn.Linear)
+"""Layers whose weights autocast would cast anew in every pass; other layers compute with what they hold."""
+_Place = tuple[dict[str, Any], str]
+"""Where a layer holds a parameter: its own table, and the name."""
+_HEADROOM = 256.0
+"""Largest number in the gradient that an attack sends into an fp16 net, whose numbers end at 65,504."""
+
+
+class StepWeights:
+    """The weights of a module tree as one step uses them.
+
+    Args:
+        module: any tree; layers must not be added or removed later.
+        dtype: what convolutions and linear layers compute in, None to leave them.
+    """
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype | None):
+        self._dtype = dtype
+        self._all, self._cast = list[_Place](), list[_Place]()
+        for part in module.modules():
+            held = part._parameters  # noqa: SLF001 - where torch.func.functional_call puts its tensors too
+            places = [(held, name) for name, parameter in held.items() if parameter is not None]
+            self._all += places
+            if dtype is not None and isinstance(part, _CAST_MODULES):
+                self._cast += places
+
+    @contextmanager
+    def cast(self) -> Iterator[None]:
+        """One cast for all passes inside; gradients reach the master weights, each as soon as it is known."""
+        # One operation a weight: a single one for all would give DDP all gradients at once, at the very end.
+        copies = {held[name]: held[name].to(self._dtype) for held, name in self._cast}
+        with _replaced(self._cast, [copies[held[name]] for held, name in self._cast]):
+            yield
+
+    @contextmanager
+    def detached(self) -> Iterator[None]:
+        """No weight asks for a gradient inside: neither autograd nor a compiled graph computes one."""
+        with _replaced(self._all, [held[name].detach() for held, name in self._all]):
+            yield
+
+
+@contextmanager
+def _replaced(places: Sequence[_Place], tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Other tensors in the place of parameters, for as many passes as come."""
+    before = [held[name] for held, name in places]
+    _put(places, tensors)
+    try:
+        yield
+    finally:
+        _put(places, before)
+
+
+def _put(places: Sequence[_Place], tensors: Sequence[Tensor]) -> None:
+    for (held, name), tensor in zip(places, tensors, strict=True):
+        held[name] = tensor
+
+
+def amplified(net: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A net in fp16 whose gradient can't underflow on its way from the logits to the pixels.
+
+    Behind the logits the gradient is multiplied by a power of two that lifts its largest number to 256, and divided by
+    it again, in float32, at the pixels. The factor is found on the device, anew in every backward pass. Numbers that
+    overflow nonetheless stay finite, and those that are none become 0: an attack stands still there.
+    """
+
+    def run(pixels: Tensor) -> Tensor:
+        factor = torch.ones((), device=pixels.device)
+        logits = net(_Divide.apply(pixels, factor))  # pyright: ignore[reportArgumentType]
+        return _Multiply.apply(logits.float(), factor)  # pyright: ignore[reportReturnType]
+
+    return run
+
+
+class _Multiply(torch.autograd.Function):
+    """Identity; backward picks the factor and multiplies by it."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, factor: Tensor) -> Tensor:
+        ctx.factor = factor
+        return logits.view_as(logits)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        largest = grads[0].abs().amax().clamp_min(1e-30)
+        ctx.factor.copy_(torch.exp2(torch.log2(_HEADROOM / largest).floor()))
+        return grads[0] * ctx.factor, None
+
+
+class _Divide(torch.autograd.Function):
+    """Identity; backward divides by the factor that `_Multiply` picked."""
+
+    @staticmethod
+    def forward(ctx: Any, pixels: Tensor, factor: Tensor) -> Tensor:
+        ctx.factor = factor
+        return pixels.view_as(pixels)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return (grads[0] / ctx.factor).nan_to_num_(0.0), None

@@ -1,0 +1,76 @@
+"""The gradients of one step: a rank's share of the global batch, in one part or in several, in any precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from itertools import count, pairwise
+from typing import NamedTuple
+
+from torch import Tensor
+
+from arat_dist.data.loader import Batch
+from arat_dist.engine import Engine, Rank
+from arat_dist.objectives.base import Output
+
+
+class StepResult(NamedTuple):
+    """What a step tells the log."""
+
+    metrics: list[tuple[Mapping[str, Tensor], int]]
+    """Of each part its means, 0-d, and the number of its samples."""
+    num_overflows: int
+    """Tries whose gradients didn't fit into fp16."""
+
+
+def compute_gradients(
+    engine: Engine,
+    parts: Sequence[Batch],
+    weight: float,
+    reseed: Callable[[], None],
+    inspect: Callable[[Output, float], None] | None = None,
+) -> StepResult:
+    """Forward and backward passes of a step; afterwards the engine holds the gradients and waits for `step`.
+
+    In fp16 a step whose gradients overflow is done again at half the loss scale, so that no sample is lost.
+
+    Args:
+        engine: what is trained.
+        parts: micro-batches on the engine's device; the last one's backward pass joins the gradients of all ranks.
+        weight: world size over the samples of the global batch: shares of ranks may differ by a pair, and so weighed
+            the average over the ranks is the mean over the global batch.
+        reseed: makes a try draw what the one before drew.
+        inspect: called with the last part's output and weight before its graph is gone.
+    """
+    for num_overflows in count():
+        reseed()
+        metrics = []
+        for i, part in enumerate(parts, 1):
+            is_last, num_samples = i == len(parts), len(part.labels)
+            with nullcontext() if is_last else engine.no_sync():
+                out = engine(*part)
+                if is_last and inspect is not None:
+                    inspect(out, num_samples * weight)
+                engine.backward(out.loss * (num_samples * weight))
+            metrics.append(({"loss": out.loss.detach(), **out.metrics}, num_samples))
+        if engine.is_finite():
+            return StepResult(metrics, num_overflows)
+    raise AssertionError("unreachable")
+
+
+def micro_batches(batch: Batch, num_parts: int, global_size: int, rank: Rank) -> list[Batch]:
+    """A rank's share of a step on its device, cut between pairs into parts that differ by at most a pair.
+
+    There are as many parts on every rank, since norms may be synchronised in each: fewer than `num_parts` where the
+    global batch of `global_size` samples is too small to give every part a pair.
+    """
+    num_parts = min(num_parts, max(1, global_size // (2 * rank.world_size)))
+    tensors = [tensor.to(rank.device, non_blocking=True) for tensor in batch]
+    return [Batch(*parts) for parts in zip(*(t.split(part_sizes(len(t), num_parts)) for t in tensors), strict=True)]
+
+
+def part_sizes(num_samples: int, num_parts: int) -> list[int]:
+    """Sizes of the parts: pairs dealt as evenly as can be, an odd sample in the last part."""
+    num_pairs = num_samples // 2
+    edges = [*(2 * (i * num_pairs // num_parts) for i in range(num_parts)), num_samples]
+    return [end - begin for begin, end in pairwise(edges)]

@@ -1,0 +1,45 @@
+"""`arat bench train`: what the trainer costs around the step, in a real run of its own."""
+
+from __future__ import annotations
+
+import tempfile
+from itertools import pairwise
+from typing import Any
+
+from arat_dist.config import Recipe
+from arat_dist.errors import UserError
+from arat_dist.run import Run
+from launcher.fit import fit
+
+
+def bench_train(recipe: Recipe) -> dict[str, Any]:
+    """Train in this process with everything on: loader, metrics, tracking, checkpoints; then drop the run.
+
+    The first line of the metrics is left out: loading and compiling what is used for the first time is no cost of the
+    loop. What comes after the last line, the evaluation above all, is left out too.
+
+    Returns:
+        The JSON object of `arat bench train`; its fractions are of the loop's time.
+
+    Raises:
+        UserError: the run is too short to tell.
+    """
+    with tempfile.TemporaryDirectory() as storage:
+        cluster = recipe.cluster.model_copy(update={"workers": 0, "storage": storage})
+        fit(recipe.model_copy(update={"cluster": cluster}), "bench")
+        lines = list(Run(storage, "bench").metrics())
+    if len(lines) < 2:
+        raise UserError("train.log_every: at least two lines of metrics are needed; a smaller value would be right")
+    spans = [(line, line["time_s"] - before["time_s"]) for before, line in pairwise(lines)]
+    total = sum(seconds for _, seconds in spans)
+
+    def mean(name: str) -> float:
+        return sum(seconds * line[name] for line, seconds in spans) / total
+
+    return {
+        "overhead_fraction": 1 - mean("compute_fraction"),
+        "loader_wait_fraction": mean("loader_wait_fraction"),
+        "images_per_second": mean("images_per_second"),
+        "steps": lines[-1]["step"] - lines[0]["step"],
+        "wall_s": total,
+    }
