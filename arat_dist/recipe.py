@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -31,11 +31,7 @@ def load_recipe(path: str | Path, overrides: Sequence[tuple[str, Any]] = ()) -> 
         UserError: one line that names the file, the key and what would be right.
     """
     file = find_recipe(path)
-    tree = _read(file)
-    # Names first: changing one drops the keys of the old one, never those given beside it.
-    for key, value in sorted(overrides, key=lambda override: override[0] not in _RENAMING):
-        _override(tree, key, value)
-    return parse_recipe(tree, source=str(file))
+    return parse_recipe(_read(file), overrides, source=str(file))
 
 
 def _read(file: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -89,8 +85,15 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def parse_recipe(tree: Mapping[str, Any], source: str = "recipe") -> Recipe:
-    """Check a recipe given as nested mappings; `source` names it in errors (UserError)."""
+def parse_recipe(tree: dict[str, Any], overrides: Iterable[tuple[str, Any]] = (), *, source: str = "recipe") -> Recipe:
+    """Check a recipe given as nested mappings, with overrides as in `load_recipe` laid into them.
+
+    Raises:
+        UserError: one line that begins with `source`.
+    """
+    # Names first: changing one drops the keys of the old one, never those given beside it.
+    for key, value in sorted(overrides, key=lambda override: override[0] not in _RENAMING):
+        _override(tree, key, value)
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:

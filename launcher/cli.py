@@ -184,7 +184,7 @@ def bench_step(args: argparse.Namespace) -> dict[str, Any]:
     from arat_dist.bench.step import step_recipe
     from launcher.progress import console, step_table
 
-    changes = {"train.compile": True} if args.compile else {}
+    changes = [("train.compile", True)] if args.compile else []
     recipe = step_recipe(
         args.model,
         image_size=args.image_size,
@@ -192,7 +192,7 @@ def bench_step(args: argparse.Namespace) -> dict[str, Any]:
         batch_size=args.batch_size,
         attack_steps=args.attack_steps,
         precision=args.precision,
-        overrides=changes | dict(args.overrides),
+        overrides=[*changes, *args.overrides],
     )
     if args.threads:
         torch.set_num_threads(args.threads)

@@ -94,8 +94,8 @@ def step_table(result: dict[str, Any]) -> Table:
         f"PGD-{result['attack_steps']}, {result['precision']}{', compiled' if result['compile'] else ''}, "
         f"{result['threads']} threads"
     )
-    for column, justify in (("", "left"), ("ms", "right"), ("of the floor", "right"), ("peak MiB", "right")):
-        table.add_column(column, justify=justify)
+    for column in ("", "ms", "of the floor", "peak MiB"):
+        table.add_column(column, justify="right" if column else "left")
     floor, peak = result["floor_ms"], result["peak_memory_mb"]
     table.add_row("one forward pass", f"{result['forward_ms']:.1f}", f"{result['forward_ms'] / floor:.3f}", "")
     table.add_row(f"floor: {2 * result['attack_steps'] + 6} forward passes", f"{floor:.1f}", "1.000", "")

@@ -291,6 +291,7 @@ class Clash:
     "Changes that make the same recipe pass."
 
 
+NOT_COMPILED = {"train__compile": False}
 CLASHES = [
     Clash({"attack__eps": 2}, ["attack.eps: 2", "at most 1"], {"attack__norm": "l2"}),
     Clash({"eval__eps": 2}, ["eval.eps: 2", "at most 1"], {"eval__norm": "l2"}),
@@ -326,6 +327,18 @@ CLASHES = [
         ["model.checkpoint: a.pth", "model.pretrained"],
         {"model__pretrained": False},
     ),
+    Clash(
+        {"cluster__workers": 2, "train__global_batch_size": 16, "train__micro_batches": 5},
+        ["train.micro_batches: 5", "at most 4", "2 workers", "(16)"],
+        {"train__micro_batches": 4},
+    ),
+    Clash(
+        {"train__compile": True, "train__sync_norms": True}, ["train.compile: true", "train.sync_norms"], NOT_COMPILED
+    ),
+    Clash(
+        {"train__compile": True, "train__grad_checkpointing": True}, ["without train.grad_checkpointing"], NOT_COMPILED
+    ),
+    Clash({"train__compile": True, "track__diagnostics_every": 5}, ["without track.diagnostics_every"], NOT_COMPILED),
 ]
 
 

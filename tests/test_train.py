@@ -2,10 +2,12 @@
 
 import logging
 import math
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from toys import Sets, toy_batch, toy_recipe
 
 from arat_dist.averaging import restate
@@ -19,7 +21,7 @@ from arat_dist.run import Run
 from arat_dist.train import MetricsLog, check_agreement, num_steps, sample_order, save, train
 
 RANK = Rank(0, 1, torch.device("cpu"))
-VARIABLE = ("time_s", "images_per_second", "memory_mb")
+VARIABLE = ("time_s", "images_per_second", "memory_mb", "loader_wait_fraction", "compute_fraction")
 NUM_STEPS = 17  # 3 epochs of 44 pictures in batches of 8: 16 whole ones and one of 4
 
 
@@ -83,6 +85,10 @@ CASES: dict[str, dict[str, Any]] = {
         },
         "optim": {"name": "adamw", "lr": 0.002, "clip_grad_norm": 1},
         "train": {"checkpoint_every": 4, "precision": "bf16"},
+    },
+    "arat, fp16, in parts, stages run twice": {
+        "model": {"name": "cifar_resnet18", "args": {"channels": [8, 8, 8, 8], "drop_path_rate": 0.2}},
+        "train": {"checkpoint_every": 4, "precision": "fp16", "micro_batches": 2, "grad_checkpointing": True},
     },
 }
 
@@ -188,6 +194,54 @@ def test_max_steps_stops_early_on_the_schedule_of_the_whole_run(sets: Sets, tmp_
     assert summary["samples_seen"] == 7 * 8
 
 
+def test_steps_that_overflowed_are_counted_over_the_whole_run(sets: Sets, tmp_path, monkeypatch):
+    """Every batch still makes one update, and a resumed run goes on counting."""
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**26))
+    recipe = toy_recipe(
+        sets,
+        model={"name": "cifar_resnet18", "args": {"channels": [8, 8, 8, 8]}},
+        train={"precision": "fp16", "checkpoint_every": 4, "log_every": 1},
+    )
+    with monkeypatch.context() as patch:
+        crash_after(6, patch)
+        with pytest.raises(KeyboardInterrupt):
+            start(recipe, tmp_path)
+    run, summary = start(recipe, tmp_path)
+    lines = run.metrics()
+    assert [line["step"] for line in lines] == list(range(1, NUM_STEPS + 1))
+    assert summary["samples_seen"] == 3 * 44
+    assert lines[0]["overflows"] >= 1
+    assert lines[-1]["overflows"] == 26 - math.log2(newest(run).optimizer["loss_scale"]["scale"])
+
+
+def test_a_run_in_parts_sees_every_sample_once(sets: Sets, tmp_path):
+    """On a net without batch statistics the parts make the same run as the whole."""
+    args = {"channels": [8, 8, 8, 8], "stem_width": 8, "zero_init_last": False, "norm_layer": "groupnorm1"}
+    sections: dict[str, Any] = {"model": {"args": args}, "objective": {"name": "at"}}
+    whole, _ = start(toy_recipe(sets, **sections), tmp_path, "whole")
+    parts, summary = start(toy_recipe(sets, **sections, train={"micro_batches": 4}), tmp_path, "parts")
+    assert summary["samples_seen"] == 3 * 44
+    first, other = whole.metrics()[0], parts.metrics()[0]
+    assert other["loss"] == pytest.approx(first["loss"], rel=1e-3)
+    assert other["gradient_norm"] == pytest.approx(first["gradient_norm"], rel=1e-2)
+
+
+def test_a_compiled_run_begins_as_an_eager_one(sets: Sets, tmp_path, monkeypatch):
+    """And the run's smaller last batches don't compile anything anew."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compile_(f, backend="aot_eager", **kwargs))
+    torch._dynamo.reset()
+    counters.clear()
+    eager, _ = start(toy_recipe(sets, train={"log_every": 1}), tmp_path, "eager")
+    assert counters["stats"]["unique_graphs"] == 0
+    compiled, _ = start(toy_recipe(sets, train={"log_every": 1, "compile": True}), tmp_path, "compiled")
+    assert counters["stats"]["unique_graphs"] == 3
+    torch._dynamo.reset()
+    for key in ("loss", "gradient_norm"):
+        assert compiled.metrics()[0][key] == pytest.approx(eager.metrics()[0][key], rel=1e-3)
+    assert len(compiled.metrics()) == NUM_STEPS
+
+
 def test_summary_and_files_of_a_run(sets: Sets, tmp_path):
     run, summary = start(toy_recipe(sets, train={"log_every": 5, "keep_checkpoints": 2}), tmp_path)
     assert set(summary) == {
@@ -220,8 +274,10 @@ def test_summary_and_files_of_a_run(sets: Sets, tmp_path):
     assert checkpoint_names(run.checkpoints) == ["step_00000011", "step_00000017"]
     assert set(last) == {
         *("step", "epoch", "time_s", "loss", "loss_adv", "loss_clean", "loss_invariance", "clean_accuracy"),
-        *("robust_accuracy", "adv_weight", "lr", "gradient_norm", "images_per_second", "memory_mb"),
+        *("robust_accuracy", "adv_weight", "lr", "gradient_norm", *VARIABLE[1:]),
     }
+    assert 0 < last["compute_fraction"] <= 1
+    assert 0 <= last["loader_wait_fraction"] <= 1 - last["compute_fraction"] + 1e-3
     # The balance changes once an epoch.
     weights = [load_checkpoint(run.checkpoints / n).weights["model"]["adv_weight"] for n in ("step_00000011",)]
     assert run.metrics()[0]["adv_weight"] == 0.5

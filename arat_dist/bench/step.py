@@ -12,7 +12,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from arat_dist.models.precision import COMPUTE_DTYPES, StepWeights
 from arat_dist.models.split_norm import BATCH_NORMS
 from arat_dist.objectives import build_objective
 from arat_dist.objectives.arat import ARAT
+from arat_dist.objectives.base import to_pixels
 from arat_dist.recipe import parse_recipe
 from arat_dist.step import compute_gradients
 
@@ -44,7 +45,7 @@ def step_recipe(
     batch_size: int,
     attack_steps: int,
     precision: str,
-    overrides: Mapping[str, Any],
+    overrides: Sequence[tuple[str, Any]] = (),
 ) -> Recipe:
     """ARAT on a backbone as `arat bench step` runs it: linf 4/255, the batch's statistics in the attack, SGD.
 
@@ -61,14 +62,12 @@ def step_recipe(
         "attack": {"eps": "4/255", "steps": attack_steps, "norm_stats": "batch"},
         "train": {"epochs": 1, "global_batch_size": batch_size, "precision": precision},
     }
-    for key, value in overrides.items():
-        section, _, name = key.partition(".")
-        tree.setdefault(section, {})[name] = value
-    if "split_norm" not in tree["objective"]:
-        net = create_backbone(parse_recipe(tree).model, num_classes=num_classes, image_size=image_size)
+    recipe = parse_recipe(tree, overrides)
+    if not any(key == "objective.split_norm" for key, _ in overrides):
+        net = create_backbone(recipe.model, num_classes=num_classes, image_size=image_size)
         has_batch_norms = any(isinstance(module, BATCH_NORMS) for module in net.modules())
-        tree["objective"]["split_norm"] = "batch" if has_batch_norms else "layer"
-    return parse_recipe(tree)
+        recipe = parse_recipe(tree, [("objective.split_norm", "batch" if has_batch_norms else "layer")])
+    return recipe
 
 
 def bench_step(recipe: Recipe, device: torch.device, *, repeats: int, on_progress: OnProgress) -> dict[str, Any]:
@@ -151,7 +150,7 @@ class FusedStep:
         assert isinstance(objective, ARAT)
         self.objective, self._device = objective, device
         scales_loss = recipe.train.precision == "fp16"
-        self._engine: Engine = build_engine(
+        self.engine: Engine = build_engine(
             objective, recipe.engine, recipe.optim, Rank(0, 1, device), scales_loss=scales_loss
         )
         objective.train()
@@ -160,18 +159,18 @@ class FusedStep:
 
     def __call__(self, batch: Batch) -> None:
         """One step."""
-        compute_gradients(self._engine, [batch], 1 / len(batch[1]), lambda: None)
-        self._engine.step()
+        compute_gradients(self.engine, [batch], 1 / len(batch[1]), lambda: None)
+        self.engine.step()
 
     def attack(self, batch: Batch, *, compiled: bool) -> Tensor:
         """The attack alone: adversarial pictures [B,3,H,W]."""
         images, labels, keys = batch
         with self.objective.passes(len(images) if compiled else 0, self._device):
-            return self.objective.perturb(images.to(torch.float32).div_(255), labels, keys)
+            return self.objective.perturb(to_pixels(images, self.objective.classifier.dtype), labels, keys)
 
     def breakdown(self, batch: Batch) -> dict[str, float]:
         """Seconds of the parts of one step; the device is waited for at their borders, so they add up to a bit more."""
-        objective, engine = self.objective, self._engine
+        objective, engine = self.objective, self.engine
         seconds: dict[str, float] = {}
         perturb, clock = objective.perturb, _Clock(self._device)
 
@@ -222,10 +221,10 @@ def plain_forwards(recipe: Recipe, device: torch.device) -> dict[str, Callable[[
     return {"eager": lambda: run(net), "compiled": lambda: run(compiled)}
 
 
-def synthetic_batch(recipe: Recipe, device: torch.device) -> Batch:
+def synthetic_batch(recipe: Recipe, device: torch.device, seed: int = 0) -> Batch:
     """Random pictures uint8 [B,3,H,W], channels-last as the loader's, their labels and keys int64 [B]."""
     count, side = recipe.train.global_batch_size, recipe.data.image_size
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     images = torch.randint(0, 256, (count, 3, side, side), generator=generator, dtype=torch.uint8)
     labels = torch.randint(0, recipe.data.num_classes, (count,), generator=generator)
     images = images.contiguous(memory_format=torch.channels_last)

@@ -56,7 +56,7 @@ class _Recomputed:
     def _again(self, branch: Branch, is_recording: bool) -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(self._classifier.branch(branch))
-            stack.enter_context(_untracked(self._stage))
+            stack.enter_context(_still(self._stage))
             if is_recording:
                 # What is pooled goes nowhere, but autograd expects the same operations.
                 stack.enter_context(self._classifier.recorder.recording())
@@ -64,13 +64,18 @@ class _Recomputed:
 
 
 @contextmanager
-def _untracked(stage: nn.Module) -> Iterator[None]:
-    """No BatchNorm moves its running statistics inside."""
-    norms = [m for m in stage.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+def _still(stage: nn.Module) -> Iterator[None]:
+    """No BatchNorm moves its running statistics inside.
+
+    It goes on seeing them: autograd expects the same tensors as in the first run.
+    """
+    norms = [m for m in stage.modules() if isinstance(m, _BatchNorm) and m.num_batches_tracked is not None]
+    before = [(norm.momentum, norm.get_buffer("num_batches_tracked").clone()) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, num_batches) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.get_buffer("num_batches_tracked").copy_(num_batches)

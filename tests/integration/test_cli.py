@@ -386,3 +386,28 @@ def test_a_failure_is_status_1(tiny, capsys):
     assert out == ""
     assert err.splitlines()[-1].startswith("arat: the training broke down: step 2: ")
     assert not Path("runs/nan/summary.json").exists()
+
+
+def test_the_trainers_cost_is_measured_on_a_run_of_its_own(tiny, capsys):
+    before = files_below(Path.cwd())
+    assert main(["bench", "train", "digits", "--json", *as_options(tiny | {"train.log_every": "1"})]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["steps"] == 5  # the first of 6 is the warm-up
+    assert 0 <= result["loader_wait_fraction"] <= result["overhead_fraction"] < 1
+    assert result["images_per_second"] > 0
+    assert files_below(Path.cwd()) == before
+
+
+def test_a_run_too_short_to_measure_is_refused(tiny, capsys):
+    assert main(["bench", "train", "digits", *as_options(tiny | {"train.log_every": "50"})]) == 2
+    assert "train.log_every: at least two lines" in capsys.readouterr().err
+
+
+def test_the_step_is_measured_against_its_floor(capsys):
+    options = ["--model", "cifar_resnet18", "--model.args", "{channels: [8, 8, 8, 8]}", "--num-classes", "10"]
+    options += ["--image-size", "32", "--batch-size", "4", "--attack-steps", "1", "--repeats", "1"]
+    assert main(["bench", "step", "--json", *options]) == 0
+    keys = {"forward_ms", "floor_ms", "step_ms", "floor_ratio", "speedup_fp32", "speedup_bf16", "peak_memory_mb"}
+    result = json.loads(capsys.readouterr().out)
+    assert keys | {"reference_peak_memory_mb", "breakdown_ms"} <= result.keys()
+    assert all(result[key] > 0 for key in keys)

@@ -2,7 +2,9 @@
 
 import logging
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import timm
@@ -136,13 +138,28 @@ def test_pool_gives_a_copy_and_knows_where_the_features_are():
         pool(torch.randn(3))
 
 
-def test_hooks_live_only_inside_forward_with_taps():
+def test_features_are_pooled_only_inside_forward_with_taps():
     classifier = build(taps="auto", args=NARROW)
-    classifier.forward_with_taps(torch.rand(2, 3, 32, 32))
-    assert not any(m._forward_hooks for m in classifier.modules())
+    _, features = classifier.forward_with_taps(torch.rand(2, 3, 32, 32))
+    assert len(features) == len(classifier.taps)
     with pytest.raises(RuntimeError):
         classifier.forward_with_taps(torch.rand(2, 4, 32, 32))
-    assert not any(m._forward_hooks for m in classifier.modules())
+    with patch("arat_dist.models.taps.pool") as pool:
+        classifier(torch.rand(2, 3, 32, 32))
+        pool.assert_not_called()
+    assert not any(classifier.recorder.features)  # nothing is held that a step has used
+
+
+def test_a_copys_taps_are_its_own():
+    classifier = build(taps="auto", args=NARROW)
+    copy = deepcopy(classifier)
+    pixels = torch.rand(2, 3, 32, 32)
+    expected = classifier.forward_with_taps(pixels)[1]
+    with torch.no_grad():
+        for parameter in classifier.parameters():
+            parameter.zero_()
+    for feature, other in zip(copy.forward_with_taps(pixels)[1], expected, strict=True):
+        torch.testing.assert_close(feature, other)
 
 
 def test_features_carry_gradients_of_their_own_branch():

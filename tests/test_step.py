@@ -1,0 +1,137 @@
+"""A step in parts, and a step that fp16 has to take twice."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import on_two_ranks
+from test_engine import BATCH, OPTIM, SIDE, from_recipe, objective
+from torch.nn.parallel import DistributedDataParallel
+from toys import toy_batch, toy_classifier, toy_setting
+
+from arat_dist.config import EngineConfig
+from arat_dist.data.loader import Batch
+from arat_dist.data.order import SampleOrder
+from arat_dist.engine import DDPEngine, Rank, build_engine
+from arat_dist.objectives import AT
+from arat_dist.step import compute_gradients, micro_batches, part_sizes
+
+CPU = torch.device("cpu")
+ALONE = Rank(0, 1, CPU)
+
+
+def share_of(rank: Rank) -> Batch:
+    images, labels, _ = toy_batch(BATCH, side=SIDE)
+    keys = torch.from_numpy(SampleOrder(BATCH, BATCH, 1, 0).share(0, rank.index, rank.world_size))
+    return Batch(images[keys], labels[keys], keys)
+
+
+def gradients_in_parts(rank: Rank, num_parts: int) -> dict[str, Any]:
+    """A step's gradients, and how many all-reduces of gradients DDP made."""
+    engine = DDPEngine(objective("arat"), OPTIM, rank)
+    reduced = []
+    if rank.world_size > 1:
+        assert isinstance(engine._wrapped, DistributedDataParallel)
+
+        def count(_state, bucket):
+            reduced.append(bucket.buffer().numel())
+            work = dist.all_reduce(bucket.buffer().div_(rank.world_size), async_op=True)
+            return work.get_future().then(lambda future: future.value()[0])
+
+        engine._wrapped.register_comm_hook(None, count)
+    parts = micro_batches(share_of(rank), num_parts, BATCH, rank)
+    result = compute_gradients(engine, parts, rank.world_size / BATCH, lambda: None)
+    gradients = {name: p.grad.clone() for name, p in engine.objective.named_parameters() if p.grad is not None}
+    return {"gradients": gradients, "sizes": [n for _, n in result.metrics], "reduced": sum(reduced)}
+
+
+def run_parts(rank: Rank) -> dict[int, dict[str, Any]]:
+    return {num_parts: gradients_in_parts(rank, num_parts) for num_parts in (1, 2)}
+
+
+def synced_parts(rank: Rank) -> list[int]:
+    """With norms over all ranks, every rank must make as many passes."""
+    engine = build_engine(from_recipe("at", "batch"), EngineConfig(), OPTIM, rank)
+    parts = micro_batches(share_of(rank), 3, BATCH, rank)
+    return [n for _, n in compute_gradients(engine, parts, rank.world_size / BATCH, lambda: None).metrics]
+
+
+def run_all(rank: Rank) -> dict[str, Any]:
+    return {"parts": run_parts(rank), "synced": synced_parts(rank)}
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "num_parts", "sizes"),
+    [(8, 1, [8]), (8, 2, [4, 4]), (10, 2, [4, 6]), (11, 2, [4, 7]), (12, 5, [2, 2, 2, 2, 4]), (3, 1, [3]), (1, 1, [1])],
+)
+def test_parts_are_cut_between_pairs(num_samples, num_parts, sizes):
+    assert part_sizes(num_samples, num_parts) == sizes
+
+
+def test_a_small_batch_has_fewer_parts():
+    images, labels, keys = toy_batch(4)
+    assert [len(p.labels) for p in micro_batches(Batch(images, labels, keys), 8, 4, ALONE)] == [2, 2]
+    assert torch.equal(torch.cat([p.images for p in micro_batches(Batch(images, labels, keys), 8, 4, ALONE)]), images)
+
+
+def test_parts_add_up_to_the_whole_on_one_rank_and_on_two(tmp_path):
+    """In float64, on a net whose samples know nothing of each other; one all-reduce a step however many parts."""
+    whole = gradients_in_parts(ALONE, 1)["gradients"]
+    two = on_two_ranks(run_all, tmp_path)
+    cases = [gradients_in_parts(ALONE, n) for n in (2, 5)] + [part["parts"][n] for part in two for n in (1, 2)]
+    for case in cases:
+        assert case["gradients"].keys() == whole.keys()
+        for name, gradient in whole.items():
+            torch.testing.assert_close(case["gradients"][name], gradient, rtol=0, atol=1e-9, msg=name)
+    assert [case["sizes"] for case in cases] == [[4, 6], [2] * 5, [6], [2, 4], [4], [2, 2]]
+    num_weights = sum(g.numel() for g in whole.values())
+    assert [case["reduced"] for case in cases[2:]] == [num_weights] * 4
+    assert [part["synced"] for part in two] == [[2, 4], [2, 2]]
+
+
+class Fp16Engine(DDPEngine):
+    """Counts its tries."""
+
+    tries = 0
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.tries += 1
+        super().backward(loss)
+
+
+def fp16_engine(scale: float) -> Fp16Engine:
+    at = AT(toy_classifier(split=False), toy_setting(AT, precision="fp16")).float()
+    engine = Fp16Engine(at, OPTIM, ALONE, scales_loss=True)
+    engine.load_state_dict(engine.state_dict() | {"loss_scale": engine._scaler.state_dict() | {"scale": scale}})
+    return engine
+
+
+def fp16_step(engine: Fp16Engine) -> tuple[int, dict[str, torch.Tensor]]:
+    engine.set_lr(0.1)
+    result = compute_gradients(engine, [Batch(*toy_batch())], 1 / 12, lambda: None)
+    engine.step()
+    return result.num_overflows, {name: p.detach().clone() for name, p in engine.objective.named_parameters()}
+
+
+def test_a_step_that_overflows_is_done_again_with_the_same_batch():
+    at_once, again = fp16_engine(2.0**8), fp16_engine(2.0**24)
+    num_overflows, weights = fp16_step(at_once)
+    assert num_overflows == 0
+    num_overflows, others = fp16_step(again)
+    assert num_overflows > 0
+    assert again.tries == num_overflows + 1
+    assert again.state_dict()["loss_scale"]["scale"] == 2.0 ** (24 - num_overflows)
+    start = dict(fp16_engine(1.0).objective.named_parameters())
+    for name, weight in weights.items():
+        torch.testing.assert_close(others[name], weight, rtol=0.01, atol=1e-3, msg=name)
+        assert not torch.equal(weight, start[name]), name
+
+
+def test_a_gradient_that_is_no_number_ends_the_run():
+    engine = fp16_engine(2.0**8)
+    with torch.no_grad():
+        next(engine.objective.parameters()).fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="no number at any loss scale"):
+        fp16_step(engine)
+    assert engine.tries < 30
