@@ -270,7 +270,7 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
     """Compute precision of attack and training passes; master weights are fp32. fp16 scales losses and attacks."""
     compile: bool = False
-    """Compile the net with torch.compile: minutes at the start, faster steps."""
+    """Compile the net with torch.compile: minutes at the start. Of arrest, the attack's passes alone."""
     micro_batches: Count = 1
     """Parts that a worker's share of a step is worked off in, for less memory: one update and one all-reduce a step.
     Batch statistics are a part's own."""
@@ -335,7 +335,8 @@ class TrackConfig(Section):
     experiment: str = "arat"
     """MLflow experiment."""
     diagnostics_every: Count | None = None
-    """Steps between two measurements of gradient conflict and of the branches' distance; default: none."""
+    """Steps between two measurements of gradient conflict (with micro_batches, of a step's last part) and of the
+    branches' distance; default: none."""
 
 
 class ClusterConfig(Section):

@@ -64,6 +64,11 @@ class Engine(Protocol):
         """Add gradients, averaged over the ranks."""
         ...
 
+    @property
+    def loss_scale(self) -> float | None:
+        """What losses are multiplied by so that gradients fit into fp16; None in other precisions."""
+        ...
+
     def is_finite(self) -> bool:
         """Whether the gradients fit into fp16; if not they are forgotten, for another try at half the loss scale.
 
@@ -130,17 +135,23 @@ class DDPEngine:
         """See `Engine`."""
         self._scaler.scale(loss).backward()
 
+    @property
+    def loss_scale(self) -> float | None:
+        """See `Engine`."""
+        return self._scaler.get_scale() if self._scaler.is_enabled() else None
+
     def is_finite(self) -> bool:
         """See `Engine`."""
-        if not self._scaler.is_enabled():
+        if (scale := self.loss_scale) is None:
             return True
         # Equal on all ranks: DDP has joined the gradients.
         self._scaler.unscale_(self._optimizer)
         if self.gradient_norm().isfinite().item():
             return True
-        self._scaler.update()
+        # Told the new scale: the scaler looks for infinities alone, not for a norm that overflows.
+        self._scaler.update(scale * self._scaler.get_backoff_factor())
         self._optimizer.zero_grad(set_to_none=True)
-        if self._scaler.get_scale() < _LEAST_LOSS_SCALE:
+        if scale < _LEAST_LOSS_SCALE:
             raise FloatingPointError("the gradient is no number at any loss scale; a lower optim.lr would be a start")
         return False
 
@@ -168,7 +179,8 @@ class DDPEngine:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Engine`."""
         self._optimizer.load_state_dict(state)
-        self._scaler.load_state_dict(state["loss_scale"])
+        if state.get("loss_scale"):  # empty in other precisions
+            self._scaler.load_state_dict(state["loss_scale"])
 
 
 def check_engine(config: EngineConfig) -> None:

@@ -26,7 +26,7 @@ LOCK = ".lock"
 # What may differ between two launches of one run: nothing here changes a weight.
 _FREE_SECTIONS = ("cluster", "track", "eval", "engine")
 _FREE_KEYS = {
-    "train": ("log_every", "checkpoint_every", "keep_checkpoints", "max_steps"),
+    "train": ("log_every", "checkpoint_every", "keep_checkpoints", "max_steps", "grad_checkpointing"),
     # Sets may move: what they hold is compared instead.
     "data": ("train", "val", "loader_threads"),
 }

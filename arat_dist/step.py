@@ -40,8 +40,10 @@ def compute_gradients(
         weight: world size over the samples of the global batch: shares of ranks may differ by a pair, and so weighed
             the average over the ranks is the mean over the global batch.
         reseed: makes a try draw what the one before drew.
-        inspect: called with the last part's output and weight before its graph is gone.
+        inspect: called with the last part's output before its graph is gone, and with what its loss is multiplied by.
     """
+    may_overflow = engine.loss_scale is not None
+    buffers = [(buffer, buffer.clone()) for buffer in engine.objective.buffers()] if may_overflow else []
     for num_overflows in count():
         reseed()
         metrics = []
@@ -50,11 +52,13 @@ def compute_gradients(
             with nullcontext() if is_last else engine.no_sync():
                 out = engine(*part)
                 if is_last and inspect is not None:
-                    inspect(out, num_samples * weight)
+                    inspect(out, num_samples * weight * (engine.loss_scale or 1))
                 engine.backward(out.loss * (num_samples * weight))
             metrics.append(({"loss": out.loss.detach(), **out.metrics}, num_samples))
         if engine.is_finite():
             return StepResult(metrics, num_overflows)
+        for buffer, before in buffers:  # statistics and counts, as if the try had not been
+            buffer.copy_(before)
     raise AssertionError("unreachable")
 
 

@@ -60,10 +60,10 @@ def train(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
         log.note(diagnose(objective, out.terms, share, rank))
 
     objective.train()
-    largest_share = order.largest_share(rank.world_size)
     if settings.compile:
-        objective.compile_backbones(batch_size=part_sizes(largest_share, settings.micro_batches)[0])
-    with train_loader(recipe.data, settings.seed, largest_share) as loader:
+        full_share = order.share(0, rank.index, rank.world_size)
+        objective.compile_backbones(set(part_sizes(len(full_share), settings.micro_batches)))
+    with train_loader(recipe.data, settings.seed, order.largest_share(rank.world_size)) as loader:
         batches = loader.iterate(order.shares(rank.index, rank.world_size, start, stop))
         for step, batch in enumerate(log.waiting(batches), start):
             done, global_size = step + 1, order.batch_size_at(step)

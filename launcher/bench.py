@@ -13,20 +13,23 @@ from launcher.fit import fit
 
 
 def bench_train(recipe: Recipe) -> dict[str, Any]:
-    """Train in this process with everything on: loader, metrics, tracking, checkpoints; then drop the run.
+    """Train in this process with everything on, the loader, metrics, MLflow, checkpoints; then drop the run.
 
     The first line of the metrics is left out: loading and compiling what is used for the first time is no cost of the
-    loop. What comes after the last line, the evaluation above all, is left out too.
+    loop. What comes after the last line, the last checkpoint and the evaluation, is left out too.
 
     Returns:
         The JSON object of `arat bench train`; its fractions are of the loop's time.
 
     Raises:
-        UserError: the run is too short to tell.
+        UserError: the run is too short to tell, or on a GPU, of whose time the host knows nothing.
     """
+    if recipe.cluster.gpus_per_worker:
+        raise UserError("cluster.gpus_per_worker: 1: the loop's cost is measured on a CPU; 0 would be right")
     with tempfile.TemporaryDirectory() as storage:
         cluster = recipe.cluster.model_copy(update={"workers": 0, "storage": storage})
-        fit(recipe.model_copy(update={"cluster": cluster}), "bench")
+        track = recipe.track.model_copy(update={"uri": None})
+        fit(recipe.model_copy(update={"cluster": cluster, "track": track}), "bench")
         lines = list(Run(storage, "bench").metrics())
     if len(lines) < 2:
         raise UserError("train.log_every: at least two lines of metrics are needed; a smaller value would be right")

@@ -1,5 +1,6 @@
 """A step in parts, and a step that fp16 has to take twice."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -7,15 +8,17 @@ import torch
 import torch.distributed as dist
 from ranks import on_two_ranks
 from test_engine import BATCH, OPTIM, SIDE, from_recipe, objective
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from toys import toy_batch, toy_classifier, toy_setting
 
-from arat_dist.config import EngineConfig
+from arat_dist.config import ARATConfig, EngineConfig
 from arat_dist.data.loader import Batch
 from arat_dist.data.order import SampleOrder
 from arat_dist.engine import DDPEngine, Rank, build_engine
-from arat_dist.objectives import AT
+from arat_dist.objectives import ARAT
 from arat_dist.step import compute_gradients, micro_batches, part_sizes
+from arat_dist.train import seed_step
 
 CPU = torch.device("cpu")
 ALONE = Rank(0, 1, CPU)
@@ -101,17 +104,23 @@ class Fp16Engine(DDPEngine):
 
 
 def fp16_engine(scale: float) -> Fp16Engine:
-    at = AT(toy_classifier(split=False), toy_setting(AT, precision="fp16")).float()
-    engine = Fp16Engine(at, OPTIM, ALONE, scales_loss=True)
+    config = ARATConfig(name="arat", gamma=3, adv_weight=0.25)
+    arat = ARAT(toy_classifier(), toy_setting(ARAT, precision="fp16"), config).float().train()
+    arat.classifier.backbone.register_module("fc", nn.Sequential(nn.Dropout(0.5), nn.Linear(8, 3)))
+    with torch.no_grad():
+        for i, parameter in enumerate(arat.parameters()):
+            parameter.copy_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)))
+    engine = Fp16Engine(arat, OPTIM, ALONE, scales_loss=True)
     engine.load_state_dict(engine.state_dict() | {"loss_scale": engine._scaler.state_dict() | {"scale": scale}})
     return engine
 
 
 def fp16_step(engine: Fp16Engine) -> tuple[int, dict[str, torch.Tensor]]:
+    """Tries that overflowed, and all weights, statistics and counts afterwards."""
     engine.set_lr(0.1)
-    result = compute_gradients(engine, [Batch(*toy_batch())], 1 / 12, lambda: None)
+    result = compute_gradients(engine, [Batch(*toy_batch())], 1 / 12, partial(seed_step, 0, 0, ALONE))
     engine.step()
-    return result.num_overflows, {name: p.detach().clone() for name, p in engine.objective.named_parameters()}
+    return result.num_overflows, {name: value.clone() for name, value in engine.objective.state_dict().items()}
 
 
 def test_a_step_that_overflows_is_done_again_with_the_same_batch():
@@ -122,10 +131,32 @@ def test_a_step_that_overflows_is_done_again_with_the_same_batch():
     assert num_overflows > 0
     assert again.tries == num_overflows + 1
     assert again.state_dict()["loss_scale"]["scale"] == 2.0 ** (24 - num_overflows)
-    start = dict(fp16_engine(1.0).objective.named_parameters())
-    for name, weight in weights.items():
-        torch.testing.assert_close(others[name], weight, rtol=0.01, atol=1e-3, msg=name)
-        assert not torch.equal(weight, start[name]), name
+    start = fp16_engine(1.0).objective.state_dict()
+    for name, value in weights.items():
+        if name in dict(again.objective.named_parameters()):
+            torch.testing.assert_close(others[name], value, rtol=0.01, atol=1e-3, msg=name)
+        else:  # dropout, statistics and counts are those of one try
+            torch.testing.assert_close(others[name], value, rtol=0, atol=0, msg=name)
+        assert name == "adv_weight" or name == "counts" or not torch.equal(value, start[name]), name
+    assert again.objective.get_buffer("local_counts")[1] == 12
+
+
+def test_a_gradient_whose_norm_overflows_is_tried_at_half_the_scale():
+    """The scaler itself sees no infinity there."""
+    engine = fp16_engine(2.0**8)
+    weight = next(engine.objective.parameters())
+    engine.backward(weight.sum())
+    weight.grad = torch.full_like(weight, 1e30)
+    assert not engine.is_finite()
+    assert engine.loss_scale == 2.0**7
+
+
+def test_a_checkpoint_from_before_scales_were_kept_still_loads():
+    engine = fp16_engine(2.0**8)
+    state = engine.state_dict()
+    del state["loss_scale"]
+    engine.load_state_dict(state)
+    assert engine.loss_scale == 2.0**8
 
 
 def test_a_gradient_that_is_no_number_ends_the_run():

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from arat_dist.config import AttackConfig, Recipe
 from arat_dist.models.classifier import Classifier
@@ -126,3 +127,17 @@ def toy_recipe(sets: Sets, **sections: dict[str, Any]) -> Recipe:
             own.clear()
         own.update(keys)
     return parse_recipe(tree)
+
+
+class WeightCasts(TorchDispatchMode):
+    """Counts casts of float32 tensors to bf16 by their shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and out.dtype is torch.bfloat16:
+            self.shapes.append(tuple(args[0].shape))
+        return out

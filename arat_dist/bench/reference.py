@@ -96,9 +96,9 @@ class ReferenceStep:
 
     def update(self, loss: Tensor) -> None:
         """Backward pass and one step of the optimizer."""
-        self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _features(self, pixels: Tensor, branch: str) -> tuple[Tensor, list[Tensor]]:
         """Logits, and the pooled output of each tap."""

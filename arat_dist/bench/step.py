@@ -25,8 +25,9 @@ from arat_dist.bench.reference import ReferenceStep
 from arat_dist.config import Recipe
 from arat_dist.data.loader import Batch
 from arat_dist.engine import Engine, Rank, build_engine
+from arat_dist.errors import UserError
 from arat_dist.models.backbone import create_backbone
-from arat_dist.models.precision import COMPUTE_DTYPES, StepWeights
+from arat_dist.models.precision import COMPUTE_DTYPES, is_cast
 from arat_dist.models.split_norm import BATCH_NORMS
 from arat_dist.objectives import build_objective
 from arat_dist.objectives.arat import ARAT
@@ -51,9 +52,21 @@ def step_recipe(
 
     Norms are split as the net has them; residual blocks don't begin at zero, or taps would have no direction.
 
+    Args:
+        model: a timm architecture.
+        image_size: side of the pictures, in pixels.
+        num_classes: number of classes.
+        batch_size: pictures of a step.
+        attack_steps: steps of PGD.
+        precision: of the step.
+        overrides: keys of the recipe, as `load_recipe` takes them; those of `FREE_KEYS`.
+
     Raises:
-        UserError: no such recipe.
+        UserError: no such recipe, or one that the reference step doesn't follow.
     """
+    for key, _ in overrides:
+        if not key.startswith(FREE_KEYS):
+            raise UserError(f"--{key}: is not for the bench, whose plain step knows {', '.join(FREE_KEYS)}")
     args = {"zero_init_last": False} if timm.models.is_model_in_modules(model, ["resnet"]) else {}
     tree: dict[str, dict[str, Any]] = {
         "data": {"train": "none", "val": "none", "num_classes": num_classes, "image_size": image_size},
@@ -137,6 +150,8 @@ def bench_step(recipe: Recipe, device: torch.device, *, repeats: int, on_progres
     }
 
 
+FREE_KEYS = ("model.", "objective.gamma", "objective.taps", "objective.split_norm", "attack.eps", "train.compile")
+"""Keys, or their beginnings, that may be set: the step of plain code follows them."""
 REFERENCES = {"fp32": None, "bf16": torch.bfloat16}
 """What the reference step's autocast computes in."""
 
@@ -155,7 +170,7 @@ class FusedStep:
         )
         objective.train()
         if recipe.train.compile:
-            objective.compile_backbones(recipe.train.global_batch_size)
+            objective.compile_backbones({recipe.train.global_batch_size})
 
     def __call__(self, batch: Batch) -> None:
         """One step."""
@@ -188,9 +203,9 @@ class FusedStep:
         finally:
             del objective.perturb
         seconds["backward"] = timed(lambda: engine.backward(out.loss), self._device)
-        finite = timed(engine.is_finite, self._device)
+        engine.is_finite()
         seconds["optimizer"] = timed(engine.step, self._device)
-        seconds["rest"] = clock() - begin - sum(seconds.values()) + finite
+        seconds["rest"] = clock() - begin - sum(seconds.values())
         return seconds
 
 
@@ -209,9 +224,9 @@ def plain_forwards(recipe: Recipe, device: torch.device) -> dict[str, Callable[[
     dtype = COMPUTE_DTYPES[recipe.train.precision]
     size = (recipe.train.global_batch_size, 3, recipe.data.image_size, recipe.data.image_size)
     pixels = torch.rand(size, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
-    # Enters the context for good: the weights stay cast.
-    StepWeights(net, dtype).cast().__enter__()
-    net.requires_grad_(False)
+    if dtype is not None:
+        for module in filter(is_cast, net.modules()):
+            module.to(dtype)
     compiled = torch.compile(net.forward, dynamic=False)
 
     def run(forward: Callable[[Tensor], Tensor]) -> Tensor:

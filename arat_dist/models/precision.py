@@ -7,18 +7,28 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 COMPUTE_DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """What attack and training passes compute in; master weights are fp32. None: as they are."""
 
-_CAST_MODULES = (_ConvNd, nn.Linear)
-"""Layers whose weights autocast would cast anew in every pass; other layers compute with what they hold."""
 _Place = tuple[dict[str, Any], str]
 """Where a layer holds a parameter: its own table, and the name."""
 _HEADROOM = 256.0
 """Largest number in the gradient that an attack sends into an fp16 net, whose numbers end at 65,504."""
+
+
+_STANDARDISED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
+
+
+def is_cast(module: nn.Module) -> bool:
+    """Whether autocast would cast a layer's weights anew in every pass: a convolution or a linear layer.
+
+    Not those that compute on their weights first, in full precision.
+    """
+    return isinstance(module, _ConvNd | nn.Linear) and not isinstance(module, _STANDARDISED)
 
 
 class StepWeights:
@@ -36,7 +46,7 @@ class StepWeights:
             held = part._parameters  # noqa: SLF001 - where torch.func.functional_call puts its tensors too
             places = [(held, name) for name, parameter in held.items() if parameter is not None]
             self._all += places
-            if dtype is not None and isinstance(part, _CAST_MODULES):
+            if dtype is not None and is_cast(part):
                 self._cast += places
 
     @contextmanager
@@ -70,16 +80,21 @@ def _put(places: Sequence[_Place], tensors: Sequence[Tensor]) -> None:
         held[name] = tensor
 
 
-def amplified(net: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """A net in fp16 whose gradient can't underflow on its way from the logits to the pixels.
+def amplified(net: Callable[[Tensor], Tensor], *, per_sample: bool) -> Callable[[Tensor], Tensor]:
+    """A net in fp16 whose gradient, with respect to the pixels, isn't lost on its way from the logits.
 
     Behind the logits the gradient is multiplied by a power of two that lifts its largest number to 256, and divided by
-    it again, in float32, at the pixels. The factor is found on the device, anew in every backward pass. Numbers that
-    overflow nonetheless stay finite, and those that are none become 0: an attack stands still there.
+    it again, in float32, at the pixels. Numbers that overflow nonetheless stay finite, and those that are none become
+    0: an attack stands still there. The factors are found on the device, anew in every backward pass.
+
+    Args:
+        net: from pixels [B,3,H,W] to logits [B,C].
+        per_sample: a factor for each sample, which is right where no sample's logits depend on another's pixels; else
+            one for the batch, in which a sample much surer of itself than the others may still lose its gradient.
     """
 
     def run(pixels: Tensor) -> Tensor:
-        factor = torch.ones((), device=pixels.device)
+        factor = torch.ones(len(pixels) if per_sample else 1, 1, device=pixels.device)
         logits = net(_Divide.apply(pixels, factor))  # pyright: ignore[reportArgumentType]
         return _Multiply.apply(logits.float(), factor)  # pyright: ignore[reportReturnType]
 
@@ -87,7 +102,7 @@ def amplified(net: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 class _Multiply(torch.autograd.Function):
-    """Identity; backward picks the factor and multiplies by it."""
+    """Identity; backward picks the factors, [B,1] or [1,1], and multiplies by them."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, factor: Tensor) -> Tensor:
@@ -96,13 +111,15 @@ class _Multiply(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        largest = grads[0].abs().amax().clamp_min(1e-30)
-        ctx.factor.copy_(torch.exp2(torch.log2(_HEADROOM / largest).floor()))
+        largest = grads[0].abs().amax(1, keepdim=True)
+        if len(ctx.factor) == 1:
+            largest = largest.amax(0, keepdim=True)
+        ctx.factor.copy_(torch.exp2(torch.log2(_HEADROOM / largest.clamp_min(1e-30)).floor()))
         return grads[0] * ctx.factor, None
 
 
 class _Divide(torch.autograd.Function):
-    """Identity; backward divides by the factor that `_Multiply` picked."""
+    """Identity; backward divides by the factors that `_Multiply` picked."""
 
     @staticmethod
     def forward(ctx: Any, pixels: Tensor, factor: Tensor) -> Tensor:
@@ -111,4 +128,4 @@ class _Divide(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return (grads[0] / ctx.factor).nan_to_num_(0.0), None
+        return (grads[0] / ctx.factor.view(-1, 1, 1, 1)).nan_to_num_(0.0), None

@@ -69,7 +69,7 @@ def _still(stage: nn.Module) -> Iterator[None]:
 
     It goes on seeing them: autograd expects the same tensors as in the first run.
     """
-    norms = [m for m in stage.modules() if isinstance(m, _BatchNorm) and m.num_batches_tracked is not None]
+    norms = [m for m in stage.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
     before = [(norm.momentum, norm.get_buffer("num_batches_tracked").clone()) for norm in norms]
     for norm in norms:
         norm.momentum = 0.0

@@ -118,6 +118,11 @@ class AttackMode:
         self._modules = list(module.modules())
         self._batch_norms = [m for m in self._modules if isinstance(m, _BatchNorm)]
 
+    @property
+    def has_batch_norms(self) -> bool:
+        """Whether batch statistics can make one sample's result depend on another's."""
+        return bool(self._batch_norms)
+
     @contextmanager
     def __call__(self, norm_stats: str) -> Iterator[None]:
         """Dropout and drop-path off, no buffer changed, and every flag as before once the context ends.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -76,7 +76,7 @@ class Objective(nn.Module):
         self._dtype = COMPUTE_DTYPES[setting.precision]
         self._attack_mode = AttackMode(classifier)
         self._compiled: dict[Classifier, Callable[[Tensor], Tensor]] = {}
-        self._compiled_size = 0
+        self._compiled_sizes: Set[int] = frozenset()
         self.begin_step(math.inf)
 
     def begin_step(self, epoch: float) -> None:
@@ -103,12 +103,12 @@ class Objective(nn.Module):
         with ExitStack() as stack:
             stack.enter_context(self.autocast(device))
             stack.enter_context(self._weights.cast())
-            for classifier, run in self._compiled.items() if batch_size == self._compiled_size else ():
+            for classifier, run in self._compiled.items() if batch_size in self._compiled_sizes else ():
                 stack.enter_context(classifier.running(run))
             yield
 
-    def compile_backbones(self, batch_size: int) -> None:
-        """Compile every net for batches of one size; other batches, such as a run's last, run uncompiled.
+    def compile_backbones(self, batch_sizes: Set[int]) -> None:
+        """Compile every net for batches of these sizes; others, such as a run's last, run uncompiled.
 
         The passes of a step become graphs of their own (attack, adv branch, clean branch), by what differs between
         them: an attacked net has no weight that asks for a gradient, so its graph computes none.
@@ -117,9 +117,11 @@ class Objective(nn.Module):
 
         # torch would cut every graph where DDP's buckets end, attacks included; DDP's hooks sit on the master weights.
         dynamo_config.optimize_ddp = False
+        # Graphs of one net: two sizes of up to four kinds of passes, and a second net of the same class beside it.
+        dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, 16)
         nets = [module for module in self.modules() if isinstance(module, Classifier)]
         self._compiled = {net: torch.compile(net.backbone.forward, dynamic=False) for net in nets}
-        self._compiled_size = batch_size
+        self._compiled_sizes = batch_sizes
 
     @cached_property
     def _weights(self) -> StepWeights:
@@ -163,7 +165,9 @@ class Objective(nn.Module):
         assert setting is not None
         assert attack is not None
         mode = self._attack_mode if classifier is self.classifier else AttackMode(classifier)
-        net = amplified(classifier) if self._dtype is torch.float16 else classifier
+        net = classifier
+        if self._dtype is torch.float16:
+            net = amplified(net, per_sample=setting.norm_stats == "running" or not mode.has_batch_norms)
         with mode(setting.norm_stats), classifier.branch("adv"), self._weights.detached():
             return attack(setting.loss(net, pixels, targets, keys), pixels, keys)
 

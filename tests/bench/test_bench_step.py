@@ -9,12 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
+from toys import WeightCasts
 
 from arat_dist.attacks import uniform_noise
 from arat_dist.bench.reference import ReferenceStep
-from arat_dist.bench.step import FusedStep, bench_step, reference, step_recipe, synthetic_batch
+from arat_dist.bench.step import FusedStep, bench_step, plain_forwards, reference, step_recipe, synthetic_batch
 from arat_dist.config import ARATConfig, Recipe
 from arat_dist.data.loader import Batch
+from arat_dist.errors import UserError
+from arat_dist.models.backbone import create_backbone
 from arat_dist.models.precision import COMPUTE_DTYPES
 from arat_dist.step import compute_gradients
 
@@ -186,9 +189,9 @@ def test_a_compiled_step_equals_the_eager_one(graphs):
 
 
 def test_nothing_is_compiled_anew_when_schedules_move_or_a_batch_is_smaller(graphs):
-    settings = recipe(
-        ("train.compile", True), ("attack.eps_warmup_epochs", 0.5), ("attack.steps_from", [[0.6, 3]]), precision="bf16"
-    )
+    settings = recipe(("train.compile", True), precision="bf16")
+    course = {"eps_warmup_epochs": 0.5, "steps_from": ((0.6, 3),)}
+    settings = settings.model_copy(update={"attack": settings.attack.model_copy(update=course)})
     fused = FusedStep(settings, CPU)
     fused(synthetic_batch(settings, CPU))
     num_graphs = counters["stats"]["unique_graphs"]
@@ -219,6 +222,22 @@ def test_the_bench_measures_what_it_says():
     least = 2 * 17 * 4 * 8 * 16 * 16 * 2 / 2**20 / 4
     assert least < result["peak_memory_mb"] < 50
     assert least < result["reference_peak_memory_mb"] < 50
+
+
+def test_the_floor_is_measured_with_weights_that_are_cast_already():
+    settings = recipe(precision="bf16")
+    forward = plain_forwards(settings, CPU)["eager"]
+    with WeightCasts() as casts:
+        logits = forward()
+    assert logits.dtype is torch.bfloat16
+    net = create_backbone(settings.model, num_classes=NUM_CLASSES, image_size=SIZE)
+    assert not {tuple(p.shape) for p in net.parameters()} & set(casts.shapes)
+
+
+@pytest.mark.parametrize("key", ["train.grad_checkpointing", "attack.norm", "objective.symmetric", "attack.steps_from"])
+def test_what_the_reference_does_not_follow_is_refused(key):
+    with pytest.raises(UserError, match=rf"^--{key}: is not for the bench"):
+        recipe((key, "x"))
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,15 @@ import contextlib
 from typing import Any
 
 import pytest
+import timm
 import torch
+from pydantic import TypeAdapter
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from toys import toy_batch, toy_classifier, toy_setting
+from toys import WeightCasts, toy_batch, toy_classifier, toy_setting
 
-from arat_dist.config import ARATConfig
-from arat_dist.models.precision import StepWeights, amplified
-from arat_dist.objectives import ARAT
+from arat_dist.config import ARATConfig, ObjectiveConfig
+from arat_dist.models.precision import StepWeights, amplified, is_cast
+from arat_dist.objectives import ARAT, METHODS
 
 
 class Net(nn.Module):
@@ -33,20 +34,6 @@ def held(module: nn.Module) -> list[torch.Tensor]:
     return [p for p in module._parameters.values() if p is not None]
 
 
-class WeightCasts(TorchDispatchMode):
-    """Counts casts of float32 tensors to bf16 by their shape."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: list[tuple[int, ...]] = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten._to_copy.default and out.dtype is torch.bfloat16:
-            self.shapes.append(tuple(args[0].shape))
-        return out
-
-
 def arat_in(precision: str, **attack: Any) -> ARAT:
     config = ARATConfig(name="arat", gamma=3)
     return ARAT(toy_classifier(), toy_setting(ARAT, precision=precision, **attack), config).float().train()
@@ -63,6 +50,15 @@ def test_convolutions_and_linear_layers_are_cast_and_the_master_weights_come_bac
     with contextlib.suppress(RuntimeError), StepWeights(net, torch.bfloat16).cast():
         net(torch.rand(2, 5, 8, 8))
     assert all(net.get_parameter(name) is p for name, p in masters.items())
+
+
+def test_convolutions_that_standardise_their_weights_keep_them_in_full_precision():
+    net = timm.create_model("resnetv2_50x1_bit", num_classes=3)
+    convolutions = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+    standardised = [m for m in convolutions if "Std" in type(m).__name__]
+    assert standardised
+    assert not any(is_cast(m) for m in standardised)
+    assert all(is_cast(m) for m in timm.create_model("resnet10t").modules() if isinstance(m, nn.Conv2d))
 
 
 def test_gradients_reach_the_master_weights():
@@ -120,39 +116,56 @@ def test_the_attack_sees_no_weight_that_asks_for_a_gradient():
 
 
 class Sure(nn.Module):
-    """Logits so sure of themselves that the gradient of the loss has no place in fp16 unless it is amplified."""
+    """Logits whose first class leads by `size` [B,1]: at 17 the loss has a gradient that fp16 can't hold."""
 
-    def __init__(self, size: float) -> None:
+    def __init__(self, size: torch.Tensor) -> None:
         super().__init__()
         self.weight, self.size = nn.Parameter(torch.randn(3, 12, generator=torch.Generator().manual_seed(0))), size
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         logits = pixels.to(self.weight.dtype).flatten(1) @ self.weight.T
-        return logits * 0.01 + logits.new_tensor([self.size, 0, 0])
+        return logits * 0.01 + self.size.to(logits.dtype) * logits.new_tensor([1, 0, 0])
 
 
+def sure_gradient(size: float, dtype: torch.dtype, *, per_sample: bool | None, others: int = 0) -> torch.Tensor:
+    """Of the loss with respect to four pictures; `others` more in the batch are not sure of anything."""
+    pixels = torch.rand(4 + others, 3, 2, 2, generator=torch.Generator().manual_seed(1))
+    sure = torch.cat([torch.full((4, 1), size), torch.zeros(others, 1)])
+    net = Sure(sure).to(dtype)
+    x = pixels.clone().requires_grad_()
+    logits = (net if per_sample is None else amplified(net, per_sample=per_sample))(x).float()
+    labels = torch.zeros(4 + others, dtype=torch.long)
+    return torch.autograd.grad(nn.functional.cross_entropy(logits, labels, reduction="sum"), x)[0][:4]
+
+
+def assert_near(found: torch.Tensor, exact: torch.Tensor) -> None:
+    torch.testing.assert_close(found, exact, rtol=0.05, atol=0.02 * float(exact.abs().max()))
+
+
+@pytest.mark.parametrize("per_sample", [True, False])
 @pytest.mark.parametrize("size", [0.0, 17.0])
-def test_an_attack_in_fp16_gets_the_gradient_of_fp32(size):
-    pixels = torch.rand(4, 3, 2, 2, generator=torch.Generator().manual_seed(1))
-    labels = torch.zeros(4, dtype=torch.long)
-
-    def gradient(dtype: torch.dtype, *, amplify: bool) -> torch.Tensor:
-        net = Sure(size).to(dtype)
-        x = pixels.clone().requires_grad_()
-        logits = (amplified(net) if amplify else net)(x).float()
-        return torch.autograd.grad(nn.functional.cross_entropy(logits, labels, reduction="sum"), x)[0]
-
-    exact = gradient(torch.float32, amplify=False)
-    tolerance = 0.02 * float(exact.abs().max())
-    torch.testing.assert_close(gradient(torch.float16, amplify=True), exact, rtol=0.05, atol=tolerance)
-    lost = gradient(torch.float16, amplify=False) == 0
+def test_a_gradient_in_fp16_is_that_of_fp32(size, per_sample):
+    exact = sure_gradient(size, torch.float32, per_sample=None)
+    assert_near(sure_gradient(size, torch.float16, per_sample=per_sample), exact)
+    lost = sure_gradient(size, torch.float16, per_sample=None) == 0
     assert lost.any() == (size == 17.0)  # unless it is amplified
 
 
-def test_what_is_no_number_stands_still():
-    x = torch.full((1, 3, 2, 2), 0.5, requires_grad=True)
-    logits = amplified(lambda pixels: pixels.flatten(1) * float("inf"))(x)
-    assert torch.equal(torch.autograd.grad(logits.sum(), x)[0].isfinite(), torch.ones(1, 3, 2, 2, dtype=torch.bool))
+def test_with_a_factor_a_sample_unsure_others_take_nothing_away():
+    exact = sure_gradient(20.0, torch.float32, per_sample=None, others=3)
+    assert_near(sure_gradient(20.0, torch.float16, per_sample=True, others=3), exact)
+    assert not sure_gradient(20.0, torch.float16, per_sample=False, others=3).any()  # the price of one for all
+
+
+@pytest.mark.parametrize("per_sample", [True, False])
+def test_what_is_no_number_stands_still(per_sample):
+    x = torch.full((2, 3, 2, 2), 0.5, requires_grad=True)
+    factors = torch.tensor([[float("inf")], [1.0]])
+    logits = amplified(lambda pixels: pixels.flatten(1) * factors, per_sample=per_sample)(x)
+    (gradient,) = torch.autograd.grad(logits.sum(), x)
+    assert gradient.isfinite().all()
+    if per_sample:
+        assert gradient[1].eq(1).all()
 
 
 def test_fp16_attacks_like_fp32():
@@ -166,3 +179,23 @@ def test_fp16_attacks_like_fp32():
     same = (found["fp16"] - found["fp32"]).abs() < 1e-6
     assert same.float().mean() > 0.95
     assert (found["fp16"] - pixels).abs().max() > 0.05
+
+
+@pytest.mark.parametrize(("method", "norm_stats"), [("trades", "running"), ("mart", "batch")])
+def test_every_method_amplifies_its_attack_in_fp16(method, norm_stats):
+    """A net that is sure of all its pictures, by more than fp16 can tell."""
+    found = {}
+    for precision in ("fp32", "fp16"):
+        build: Any = METHODS[method]
+        module = build(
+            toy_classifier(split=False),
+            toy_setting(METHODS[method], precision=precision, loss="ce", norm_stats=norm_stats, start="uniform"),
+            TypeAdapter(ObjectiveConfig).validate_python({"name": method}),
+        ).float()
+        net: Any = module.classifier.backbone
+        with torch.no_grad():
+            net.fc.bias += torch.tensor([40.0, 0, 0])
+        images, _, keys = toy_batch()
+        with module.passes(len(images), images.device):
+            found[precision] = module.perturb(images / 255, torch.zeros(12, dtype=torch.long), keys)
+    assert ((found["fp16"] - found["fp32"]).abs() < 1e-6).float().mean() > 0.9
