@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
@@ -153,9 +154,9 @@ def graphs(monkeypatch):
 
     def keep(graph: torch.fx.GraphModule, _inputs: object) -> Any:
         backward.append(graph)
-        return graph
+        return make_boxed_func(graph)
 
-    backend = aot_autograd(fw_compiler=lambda graph, _: graph, bw_compiler=keep)
+    backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph), bw_compiler=keep)
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compile_(f, backend=backend, **kwargs))
     torch._dynamo.reset()

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,14 @@ def stop_after_a_checkpoint(command: list[str], name: str, how: signal.Signals) 
     before = whole_checkpoints(command, name)
     log = storage_of(command) / f"{name}-{how.name}.log"
     with log.open("w") as stderr:
-        process = subprocess.Popen([*command, name], stdout=subprocess.PIPE, stderr=stderr, start_new_session=True)
+        process = subprocess.Popen(
+            [*command, name],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            start_new_session=True,
+            # Tests that were started in the background inherit a SIGINT that is ignored.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+        )
         deadline = time.monotonic() + 180
         while whole_checkpoints(command, name) <= before:
             assert process.poll() is None, log.read_text()

@@ -10,6 +10,7 @@ from toys import toy_batch, toy_classifier, toy_setting
 
 from arat_dist.attacks import PGD
 from arat_dist.config import ARATConfig
+from arat_dist.models.taps import Recorder
 from arat_dist.objectives import ARAT
 from arat_dist.objectives.base import to_pixels
 
@@ -328,7 +329,7 @@ def test_metrics_are_the_parts_of_the_loss():
 
 def test_without_taps_and_gamma_there_is_no_invariance_term():
     arat = build(gamma=0, taps=[], predictor=False)
-    arat.classifier.taps = ()
+    arat.classifier.recorder = Recorder(arat.classifier.backbone, ())
     images, labels, keys = toy_batch()
     out = arat(images, labels, keys)
     assert float(out.metrics["loss_invariance"]) == 0
