@@ -2,11 +2,11 @@
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
@@ -147,6 +147,16 @@ def test_the_attack_reaches_the_loss_of_the_references(precision):
     assert losses["plain"] > 1.05 * losses["clean"]
 
 
+def boxed(graph: torch.fx.GraphModule) -> Callable[[list[Any]], Any]:
+    """A graph as AOTAutograd likes to call it: with a list that it may empty."""
+
+    def call(args: list[Any]) -> Any:
+        return graph(*args)
+
+    call._boxed_call = True  # type: ignore[attr-defined]
+    return call
+
+
 @pytest.fixture
 def graphs(monkeypatch):
     """Compiles as torch.compile does but for the machine code, and keeps the backward graphs."""
@@ -154,9 +164,9 @@ def graphs(monkeypatch):
 
     def keep(graph: torch.fx.GraphModule, _inputs: object) -> Any:
         backward.append(graph)
-        return make_boxed_func(graph)
+        return boxed(graph)
 
-    backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph), bw_compiler=keep)
+    backend = aot_autograd(fw_compiler=lambda graph, _: boxed(graph), bw_compiler=keep)
     compile_ = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compile_(f, backend=backend, **kwargs))
     torch._dynamo.reset()
