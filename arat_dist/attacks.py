@@ -25,7 +25,8 @@ Start = Literal["uniform", "gaussian", "none"]
 GAUSSIAN_START = 0.001
 """Standard deviation of the start of TRADES, MART and LBGAT, in pixel units."""
 
-_MASK = 0xFFFFFFFF
+_GOLDEN = 0x9E3779B9 - 2**32
+"""2**32 over the golden ratio, as int32."""
 _PER_SAMPLE = (-1, 1, 1, 1)
 
 
@@ -262,10 +263,10 @@ def uniform_noise(keys: Tensor, like: Tensor, seed: int) -> Tensor:
 
     Source: a 32-bit counter through the finaliser lowbias32 (Wellons 2018), 24 bits of it used.
     """
-    position = torch.arange(like[0].numel(), device=like.device) * 0x9E3779B9 & _MASK
-    bits = _mix(_stream(keys, seed)[:, None] ^ position[None, :]) >> 8
+    position = torch.arange(like[0].numel(), dtype=torch.int32, device=like.device).mul_(_GOLDEN)
+    bits = _mix_(_stream(keys, seed)[:, None] ^ position[None, :])
     noise = torch.empty_like(like)
-    return noise.copy_(bits.view(like.shape)).mul_(2.0**-24)
+    return noise.copy_(_shifted(bits, 8).view(like.shape)).mul_(2.0**-24)
 
 
 def random_target(keys: Tensor, labels: Tensor, num_classes: int, seed: int) -> Tensor:
@@ -283,18 +284,28 @@ def random_target(keys: Tensor, labels: Tensor, num_classes: int, seed: int) -> 
     if num_classes < 2:
         raise ValueError(f"num_classes: {num_classes}: a target other than the label needs at least 2")
     # A position that no picture has: the target knows nothing of the noise.
-    offset = 1 + (_mix(_stream(keys, seed) ^ _MASK) * (num_classes - 1) >> 32)
+    bits = _mix_(~_stream(keys, seed)).long() & 0xFFFFFFFF
+    offset = 1 + (bits * (num_classes - 1) >> 32)
     return (labels + offset) % num_classes
 
 
 def _stream(keys: Tensor, seed: int) -> Tensor:
-    """The counter's beginning for each key, 32 bits in int64 [B]."""
+    """The counter's beginning for each key, 32 bits in int32 [B]."""
+    high, low = (keys >> 32).to(torch.int32), keys.to(torch.int32)
     # 0 is a fixed point of the finaliser: without the constant, seed 0 and key 0 would begin with noise 0.
-    return _mix(_mix(_mix(keys >> 32 & _MASK) ^ (keys & _MASK)) ^ seed ^ 0x9E3779B9)
+    return _mix_(_mix_(_mix_(high) ^ low) ^ seed ^ _GOLDEN)
 
 
-def _mix(x: Tensor) -> Tensor:
-    """The finaliser lowbias32 on int64 tensors that hold 32-bit values; int64 products keep their low bits right."""
-    x = (x ^ x >> 16) * 0x7FEB352D & _MASK
-    x = (x ^ x >> 15) * 0x846CA68B & _MASK
-    return x ^ x >> 16
+def _mix_(x: Tensor) -> Tensor:
+    """The finaliser lowbias32 on the bits of an int32 tensor, in place; its products wrap around."""
+    x ^= _shifted(x, 16)
+    x *= 0x7FEB352D
+    x ^= _shifted(x, 15)
+    x *= 0x846CA68B - 2**32
+    x ^= _shifted(x, 16)
+    return x
+
+
+def _shifted(x: Tensor, count: int) -> Tensor:
+    """The bits of int32 moved down, zeros moved in: torch moves in the sign."""
+    return (x >> count).bitwise_and_(0xFFFFFFFF >> count)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from timm.layers.norm import RmsNorm, RmsNorm2d
 from torch import Tensor, nn
@@ -117,6 +117,7 @@ class AttackMode:
     def __init__(self, module: nn.Module) -> None:
         self._modules = list(module.modules())
         self._batch_norms = [m for m in self._modules if isinstance(m, _BatchNorm)]
+        self._attentions: list[Any] = [m for m in self._modules if hasattr(m, "fused_attn")]
 
     @property
     def has_batch_norms(self) -> bool:
@@ -126,6 +127,9 @@ class AttackMode:
     @contextmanager
     def __call__(self, norm_stats: str) -> Iterator[None]:
         """Dropout and drop-path off, no buffer changed, and every flag as before once the context ends.
+
+        On a CPU timm's attention runs unfused: the fused kernel's backward pass is 6 times its forward pass there, and
+        what it would save fits into the memory that both training passes take afterwards.
 
         Args:
             norm_stats: what BatchNorm normalises with: batch (the batch's own statistics) or running.
@@ -137,6 +141,7 @@ class AttackMode:
             raise ValueError(f"attack.norm_stats: {norm_stats!r}: batch or running would be right")
         training = [m.training for m in self._modules]
         tracking = [m.track_running_stats for m in self._batch_norms]
+        fused = [m.fused_attn for m in self._attentions]
         try:
             for module in self._modules:
                 module.training = False
@@ -144,12 +149,19 @@ class AttackMode:
                 # In training mode without tracking, torch hands no buffer to the kernel and counts no batch.
                 for norm in self._batch_norms:
                     norm.training, norm.track_running_stats = True, False
+            for attention in self._attentions if self._is_on_cpu() else ():
+                attention.fused_attn = False
             yield
         finally:
             for module, flag in zip(self._modules, training, strict=True):
                 module.training = flag
             for norm, flag in zip(self._batch_norms, tracking, strict=True):
                 norm.track_running_stats = flag
+            for attention, flag in zip(self._attentions, fused, strict=True):
+                attention.fused_attn = flag
+
+    def _is_on_cpu(self) -> bool:
+        return all(p.device.type == "cpu" for m in self._attentions for p in m.parameters())
 
 
 def _cannot_split(net: nn.Module, kind: str) -> str:

@@ -9,6 +9,7 @@ import torch
 from timm.layers.norm import LayerNorm2d
 from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct, convert_sync_batchnorm
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from arat_dist.errors import UserError
 from arat_dist.models.split_norm import AttackMode, Branch, SplitNorm, Switch, fold_branch, split_norms
@@ -227,6 +228,31 @@ def test_attack_mode_restores_after_an_exception_and_leaves_untracked_norms_untr
     with pytest.raises(ValueError, match=r"attack\.norm_stats"), attack_mode("both"):
         pass
     assert flags(net) == before
+
+
+def test_attack_mode_runs_attention_unfused_on_a_cpu_with_the_same_result():
+    torch.manual_seed(0)
+    net = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=48, num_classes=5
+    ).double()
+    pixels = torch.rand(3, 3, 32, 32, dtype=torch.float64)
+    kernels: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            kernels.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        plain = net(pixels)
+    assert any("scaled_dot_product" in kernel for kernel in kernels)
+    kernels.clear()
+    with AttackMode(net)("batch"), Watch():
+        attacked = net(pixels)
+    assert kernels
+    assert not any("scaled_dot_product" in kernel for kernel in kernels)
+    torch.testing.assert_close(attacked, plain, rtol=0, atol=1e-12)
+    assert all(module.fused_attn for module in net.modules() if hasattr(module, "fused_attn"))
 
 
 def test_a_switch_starts_on_adv():
