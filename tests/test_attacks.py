@@ -177,6 +177,21 @@ def test_noise_is_a_function_of_seed_and_key_alone():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_the_noise_is_the_counter_written_out_in_whole_numbers():
+    def mix(x: int) -> int:
+        x = (x ^ x >> 16) * 0x7FEB352D % 2**32
+        x = (x ^ x >> 15) * 0x846CA68B % 2**32
+        return x ^ x >> 16
+
+    keys, seed = [0, 5, 2**31, 2**32 - 1, 2**40 + 5], 2**31 - 1
+    noise = uniform_noise(torch.tensor(keys), torch.zeros(5, 3, 5, 4, dtype=torch.float64), seed).flatten(1)
+    targets = random_target(torch.tensor(keys), torch.zeros(5, dtype=torch.int64), 1000, seed)
+    for row, target, key in zip(noise.tolist(), targets.tolist(), keys, strict=True):
+        begin = mix(mix(mix(key >> 32) ^ key % 2**32) ^ seed ^ 0x9E3779B9)
+        assert row == [(mix(begin ^ i * 0x9E3779B9 % 2**32) >> 8) / 2**24 for i in range(60)]
+        assert target == (1 + (mix(begin ^ 0xFFFFFFFF) * 999 >> 32)) % 1000
+
+
 # --- APGD
 
 
