@@ -14,15 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.logging import RichHandler
-from rich.progress import Progress
 
 from arat_dist.config import EvalConfig
 from arat_dist.errors import UserError, WorkersError
-from arat_dist.recipe import iter_keys, load_recipe
-
-# Verbs import what they run when they run: `arat --help` and a mistyped recipe answer without torch and Ray.
+from arat_dist.recipe import iter_keys
+from launcher import verbs
 
 BAD_INPUT = 2
 FAILED = 1
@@ -69,166 +66,19 @@ def _run(args: argparse.Namespace, extra: Sequence[str]) -> dict[str, Any] | Non
                 disconnect()
 
 
-def demo(args: argparse.Namespace) -> dict[str, Any]:
-    """`arat demo`."""
-    from arat_dist.export import loading_code
-    from launcher.demo import demo as run_demo
-    from launcher.progress import results_table
-
-    summary = run_demo(args.overrides)
-    standard = summary | {
-        "clean_accuracy": summary["standard_clean_accuracy"],
-        "robust_accuracy": summary["standard_robust_accuracy"],
-    }
-    _print_unless_json(
-        args,
-        results_table("Handwritten digits, trained for as long", [("ARAT", summary), ("standard", standard)]),
-        f"took {summary['wall_s']:.0f} s; a plain timm checkpoint is in {summary['export']}\n"
-        f"  {loading_code(summary['export'])}",
-    )
-    return summary
-
-
-def data_write(args: argparse.Namespace) -> dict[str, Any]:
-    """`arat data write`."""
-    from arat_dist.data.beton import write_beton
-    from arat_dist.data.sources import open_source
-    from launcher.progress import console
-
-    source = open_source(args.source, labels=args.labels, classes_from=args.classes_from)
-    with Progress(console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(f"writing {args.out}", total=len(source))
-        manifest = write_beton(
-            source,
-            args.out,
-            max_side=args.max_side,
-            jpeg_quality=args.jpeg_quality,
-            num_workers=args.processes,
-            on_progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
-    _print_unless_json(args, f"{args.out}: {manifest.num_samples} pictures of {manifest.num_classes} classes")
-    return manifest.model_dump(mode="json")
-
-
-def data_check(args: argparse.Namespace) -> dict[str, Any]:
-    """`arat data check`."""
-    from arat_dist.data.manifest import check_beton
-
-    manifest = check_beton(args.file, hash=True)
-    _print_unless_json(
-        args, f"{args.file}: whole, {manifest.num_samples} pictures of {manifest.num_classes} classes, SHA-256 agrees"
-    )
-    return manifest.model_dump(mode="json")
-
-
-def train(args: argparse.Namespace) -> dict[str, Any] | None:
-    """`arat train`."""
-    recipe = load_recipe(args.recipe, args.overrides + _shorthands(args))
-    if args.print_config:
-        print(recipe.to_yaml(), end="", file=args.stdout)
-        return None
-    from arat_dist.run import Run
-    from launcher.fit import fit
-    from launcher.progress import console, results_table
-
-    name = Path(args.recipe).stem if args.name is None else args.name
-    run = Run(recipe.cluster.storage, name)
-    run.check(recipe)
-    if finished := run.summary():
-        console.print(f"{name}: finished already; another --name would train again", highlight=False)
-        summary = finished
-    else:
-        summary = fit(recipe, name)
-    _print_unless_json(args, results_table(name, [(summary["objective"], summary)]))
-    return summary
-
-
-def evaluate(args: argparse.Namespace) -> dict[str, Any]:
-    """`arat eval`."""
-    from launcher.evaluate import evaluate_target
-    from launcher.progress import results_table
-
-    changes = {"attack": args.attack, "norm": args.norm, "eps": args.eps}
-    changes |= {"limit": args.limit, "batch_size": args.batch_size}
-    result = evaluate_target(
-        args.target,
-        weights=args.weights,
-        val=args.data,
-        changes={key: value for key, value in changes.items() if value is not None},
-        num_workers=args.workers,
-    )
-    _print_unless_json(args, results_table(args.target, [("", result)]))
-    return result
-
-
-def export(args: argparse.Namespace) -> dict[str, Any]:
-    """`arat export`."""
-    from arat_dist.export import loading_code
-    from arat_dist.run import Run
-    from arat_dist.targets import export_run
-
-    exported = export_run(Run.at(args.target), args.out_dir, args.weights)
-    _print_unless_json(
-        args,
-        f"{exported.folder}: loads with {loading_code(exported.folder)}; "
-        f"its logits differ by at most {exported.max_difference:.1e}",
-    )
-    return {"export": str(exported.folder), "max_difference": exported.max_difference}
-
-
-def bench_step(args: argparse.Namespace) -> dict[str, Any]:
-    """`arat bench step`."""
-    import torch
-
-    from arat_dist.bench.step import bench_step as measure
-    from arat_dist.bench.step import step_recipe
-    from launcher.progress import console, step_table
-
-    changes = [("train.compile", True)] if args.compile else []
-    recipe = step_recipe(
-        args.model,
-        image_size=args.image_size,
-        num_classes=args.num_classes,
-        batch_size=args.batch_size,
-        attack_steps=args.attack_steps,
-        precision=args.precision,
-        overrides=[*changes, *args.overrides],
-    )
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with console.status("building") as status:
-        result = measure(recipe, device, repeats=args.repeats, on_progress=status.update)
-    _print_unless_json(args, step_table(result))
-    return result
-
-
-def bench_train(args: argparse.Namespace) -> dict[str, Any]:
-    """`arat bench train`."""
-    from launcher.bench import bench_train as measure
-
-    result = measure(load_recipe(args.recipe, args.overrides))
-    _print_unless_json(
-        args,
-        f"{result['images_per_second']:.1f} pictures/s over {result['steps']} steps; {result['overhead_fraction']:.2%} "
-        f"of the time went to what is not the step, {result['loader_wait_fraction']:.2%} to waiting for pictures",
-    )
-    return result
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="arat", description="Adversarially robust image classifiers: train, evaluate, export.", allow_abbrev=False
     )
-    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    commands = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    verb = _verb(verbs, "demo", demo, "the main job on handwritten digits, in minutes")
+    verb = _verb(commands, "demo", verbs.demo, "the main job on handwritten digits, in minutes")
     verb.epilog = "Recipe keys can be overridden, as in --train.seed 1."
 
-    data = verbs.add_parser("data", help="write and check data sets").add_subparsers(
+    data = commands.add_parser("data", help="write and check data sets").add_subparsers(
         dest="data_verb", required=True, metavar="VERB"
     )
-    verb = _verb(data, "write", data_write, "write pictures as a .beton with its manifest")
+    verb = _verb(data, "write", verbs.data_write, "write pictures as a .beton with its manifest")
     verb.add_argument("source", metavar="SOURCE", help="folder:PATH | torchvision:CIFAR10:PATH | digits:train|val")
     verb.add_argument("out", metavar="OUT.beton", type=Path)
     verb.add_argument("--labels", help="for a flat folder: a list of NAME LABEL lines, or LOC_val_solution.csv")
@@ -236,10 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--max-side", type=_positive, default=500, help="shrink longer pictures to this side (500)")
     verb.add_argument("--jpeg-quality", type=_percent, default=90, help="of pictures stored as JPEG (90)")
     verb.add_argument("--processes", type=_positive, default=os.cpu_count() or 1, help="that encode (all cores)")
-    verb = _verb(data, "check", data_check, "compare a .beton with its manifest, the SHA-256 included")
+    verb = _verb(data, "check", verbs.data_check, "compare a .beton with its manifest, the SHA-256 included")
     verb.add_argument("file", metavar="FILE.beton", type=Path)
 
-    verb = _verb(verbs, "train", train, "train a recipe, or go on with an unfinished run")
+    verb = _verb(commands, "train", verbs.train, "train a recipe, or go on with an unfinished run")
     verb.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
     verb.add_argument("--name", help="the run's folder under cluster.storage (default: the recipe's name)")
     verb.add_argument("--workers", type=int, help="cluster.workers; 0: in this process, without Ray")
@@ -251,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         f"  --{key} (default: {default})\n        {doc}" for key, default, doc in iter_keys()
     )
 
-    verb = _verb(verbs, "eval", evaluate, "measure clean and robust accuracy")
+    verb = _verb(commands, "eval", verbs.evaluate, "measure clean and robust accuracy")
     verb.add_argument("target", metavar="RUN|EXPORT_DIR|timm:ARCH[:WEIGHTS_FILE]")
     verb.add_argument(
         "--weights", choices=["raw", "ema", "swa"], help="of a run (default: the last of these that it keeps)"
@@ -264,10 +114,12 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--limit", type=_positive, help="only so many pictures, evenly spaced")
     verb.add_argument("--batch-size", type=_positive, help=f"per worker ({EvalConfig().batch_size})")
 
-    bench = verbs.add_parser("bench", help="measure the speed of the parts").add_subparsers(
+    bench = commands.add_parser("bench", help="measure the speed of the parts").add_subparsers(
         dest="bench_verb", required=True, metavar="VERB"
     )
-    verb = _verb(bench, "step", bench_step, "time ARAT's step against the least that it costs and against plain code")
+    verb = _verb(
+        bench, "step", verbs.bench_step, "time ARAT's step against the least that it costs and against plain code"
+    )
     verb.add_argument("--model", default="resnet50", help="a timm architecture (resnet50)")
     verb.add_argument("--image-size", type=_positive, default=224, help="side of the pictures, in pixels (224)")
     verb.add_argument("--num-classes", type=_positive, default=1000, help="(1000)")
@@ -278,11 +130,11 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--threads", type=_positive, help="that torch uses (torch's own choice)")
     verb.add_argument("--repeats", type=_positive, default=5, help="rounds, of which medians are taken (5)")
     verb.epilog = "Recipe keys can be overridden, as in --model.args '{channels: [16, 32, 64, 128]}'."
-    verb = _verb(bench, "train", bench_train, "train a recipe in this process and tell what the loop costs")
+    verb = _verb(bench, "train", verbs.bench_train, "train a recipe in this process and tell what the loop costs")
     verb.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
     verb.epilog = "Recipe keys can be overridden, as in --train.max_steps 100."
 
-    verb = _verb(verbs, "export", export, "write a run's adv branch as a plain timm checkpoint")
+    verb = _verb(commands, "export", verbs.export, "write a run's adv branch as a plain timm checkpoint")
     verb.add_argument("target", metavar="RUN")
     verb.add_argument("out_dir", metavar="OUT_DIR", type=Path)
     verb.add_argument("--weights", choices=["raw", "ema", "swa"], help="(default: the last of these that it keeps)")
@@ -290,9 +142,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _verb(verbs: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
+def _verb(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
     """A verb's parser, with what all verbs have."""
-    parser = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
+    parser = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".", allow_abbrev=False)
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line of stdout")
     parser.set_defaults(run=run)
     return parser
@@ -314,11 +166,6 @@ def _overrides(extra: Sequence[str], *, allowed: bool) -> list[tuple[str, str]]:
     return pairs
 
 
-def _shorthands(args: argparse.Namespace) -> list[tuple[str, Any]]:
-    given = {"cluster.workers": args.workers, "cluster.address": args.address, "train.max_steps": args.max_steps}
-    return [(key, value) for key, value in given.items() if value is not None]
-
-
 def _in_range(text: str, least: int, most: float = math.inf) -> int:
     value = int(text)
     if not least <= value <= most:
@@ -329,13 +176,6 @@ def _in_range(text: str, least: int, most: float = math.inf) -> int:
 _positive = partial(_in_range, least=1)
 _count = partial(_in_range, least=0)
 _percent = partial(_in_range, least=1, most=100)
-
-
-def _print_unless_json(args: argparse.Namespace, *parts: Any) -> None:
-    if not args.json:
-        console = Console(file=args.stdout)
-        for part in parts:
-            console.print(part, highlight=False, soft_wrap=isinstance(part, str))
 
 
 def _set_up_logging() -> None:

@@ -1,0 +1,173 @@
+"""What each verb of the `arat` command does: call one function, print what it found."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from arat_dist.recipe import load_recipe
+
+# Each imports what it runs when it runs: `arat --help` and a mistyped recipe answer without torch and Ray.
+
+
+def demo(args: argparse.Namespace) -> dict[str, Any]:
+    """`arat demo`."""
+    from arat_dist.export import loading_code
+    from launcher.demo import demo as run_demo
+    from launcher.progress import results_table
+
+    summary = run_demo(args.overrides)
+    standard = summary | {
+        "clean_accuracy": summary["standard_clean_accuracy"],
+        "robust_accuracy": summary["standard_robust_accuracy"],
+    }
+    _print_unless_json(
+        args,
+        results_table("Handwritten digits, trained for as long", [("ARAT", summary), ("standard", standard)]),
+        f"took {summary['wall_s']:.0f} s; a plain timm checkpoint is in {summary['export']}\n"
+        f"  {loading_code(summary['export'])}",
+    )
+    return summary
+
+
+def data_write(args: argparse.Namespace) -> dict[str, Any]:
+    """`arat data write`."""
+    from arat_dist.data.beton import write_beton
+    from arat_dist.data.sources import open_source
+    from launcher.progress import console
+
+    source = open_source(args.source, labels=args.labels, classes_from=args.classes_from)
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(f"writing {args.out}", total=len(source))
+        manifest = write_beton(
+            source,
+            args.out,
+            max_side=args.max_side,
+            jpeg_quality=args.jpeg_quality,
+            num_workers=args.processes,
+            on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    _print_unless_json(args, f"{args.out}: {manifest.num_samples} pictures of {manifest.num_classes} classes")
+    return manifest.model_dump(mode="json")
+
+
+def data_check(args: argparse.Namespace) -> dict[str, Any]:
+    """`arat data check`."""
+    from arat_dist.data.manifest import check_beton
+
+    manifest = check_beton(args.file, hash=True)
+    _print_unless_json(
+        args, f"{args.file}: whole, {manifest.num_samples} pictures of {manifest.num_classes} classes, SHA-256 agrees"
+    )
+    return manifest.model_dump(mode="json")
+
+
+def train(args: argparse.Namespace) -> dict[str, Any] | None:
+    """`arat train`."""
+    recipe = load_recipe(args.recipe, args.overrides + _shorthands(args))
+    if args.print_config:
+        print(recipe.to_yaml(), end="", file=args.stdout)
+        return None
+    from arat_dist.run import Run
+    from launcher.fit import fit
+    from launcher.progress import console, results_table
+
+    name = Path(args.recipe).stem if args.name is None else args.name
+    run = Run(recipe.cluster.storage, name)
+    run.check(recipe)
+    if finished := run.summary():
+        console.print(f"{name}: finished already; another --name would train again", highlight=False)
+        summary = finished
+    else:
+        summary = fit(recipe, name)
+    _print_unless_json(args, results_table(name, [(summary["objective"], summary)]))
+    return summary
+
+
+def evaluate(args: argparse.Namespace) -> dict[str, Any]:
+    """`arat eval`."""
+    from launcher.evaluate import evaluate_target
+    from launcher.progress import results_table
+
+    changes = {"attack": args.attack, "norm": args.norm, "eps": args.eps}
+    changes |= {"limit": args.limit, "batch_size": args.batch_size}
+    result = evaluate_target(
+        args.target,
+        weights=args.weights,
+        val=args.data,
+        changes={key: value for key, value in changes.items() if value is not None},
+        num_workers=args.workers,
+    )
+    _print_unless_json(args, results_table(args.target, [("", result)]))
+    return result
+
+
+def export(args: argparse.Namespace) -> dict[str, Any]:
+    """`arat export`."""
+    from arat_dist.export import loading_code
+    from arat_dist.run import Run
+    from arat_dist.targets import export_run
+
+    exported = export_run(Run.at(args.target), args.out_dir, args.weights)
+    _print_unless_json(
+        args,
+        f"{exported.folder}: loads with {loading_code(exported.folder)}; "
+        f"its logits differ by at most {exported.max_difference:.1e}",
+    )
+    return {"export": str(exported.folder), "max_difference": exported.max_difference}
+
+
+def bench_step(args: argparse.Namespace) -> dict[str, Any]:
+    """`arat bench step`."""
+    import torch
+
+    from arat_dist.bench.step import bench_step as measure
+    from arat_dist.bench.step import step_recipe
+    from launcher.progress import console, step_table
+
+    changes = [("train.compile", True)] if args.compile else []
+    recipe = step_recipe(
+        args.model,
+        image_size=args.image_size,
+        num_classes=args.num_classes,
+        batch_size=args.batch_size,
+        attack_steps=args.attack_steps,
+        precision=args.precision,
+        overrides=[*changes, *args.overrides],
+    )
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with console.status("building") as status:
+        result = measure(recipe, device, repeats=args.repeats, on_progress=status.update)
+    _print_unless_json(args, step_table(result))
+    return result
+
+
+def bench_train(args: argparse.Namespace) -> dict[str, Any]:
+    """`arat bench train`."""
+    from launcher.bench import bench_train as measure
+
+    result = measure(load_recipe(args.recipe, args.overrides))
+    _print_unless_json(
+        args,
+        f"{result['images_per_second']:.1f} pictures/s over {result['steps']} steps; {result['overhead_fraction']:.2%} "
+        f"of the time went to what is not the step, {result['loader_wait_fraction']:.2%} to waiting for pictures",
+    )
+    return result
+
+
+def _shorthands(args: argparse.Namespace) -> list[tuple[str, Any]]:
+    given = {"cluster.workers": args.workers, "cluster.address": args.address, "train.max_steps": args.max_steps}
+    return [(key, value) for key, value in given.items() if value is not None]
+
+
+def _print_unless_json(args: argparse.Namespace, *parts: Any) -> None:
+    if not args.json:
+        console = Console(file=args.stdout)
+        for part in parts:
+            console.print(part, highlight=False, soft_wrap=isinstance(part, str))
