@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from arat_dist.losses import hard_labels, lifted
 from arat_dist.mixing import Mixing
 from arat_dist.models.classifier import Classifier
+from arat_dist.models.cpu_ops import on_cpu
 from arat_dist.models.precision import COMPUTE_DTYPES, StepWeights, amplified
 from arat_dist.models.split_norm import AttackMode, Branch
 from arat_dist.objectives.attack import AttackDefaults, TrainingAttack
@@ -120,7 +121,10 @@ class Objective(nn.Module):
         # Graphs of one net: two sizes of up to four kinds of passes, and a second net of the same class beside it.
         dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, 16)
         nets = [module for module in self.modules() if isinstance(module, Classifier)]
-        self._compiled = {net: torch.compile(net.backbone.forward, dynamic=False) for net in nets}
+        for net in nets:
+            forward = net.backbone.forward
+            is_on_cpu = net.mean.device.type == "cpu"
+            self._compiled[net] = torch.compile(on_cpu(forward) if is_on_cpu else forward, dynamic=False)
         self._compiled_sizes = batch_sizes
 
     @cached_property
