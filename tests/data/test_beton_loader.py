@@ -1,11 +1,12 @@
-"""Loading: pixels against an independent reference, and the same whatever the threads, batches and ranks."""
+"""Both loaders: pixels against an independent reference, and the same whatever the threads, batches and ranks."""
 
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,21 @@ from PIL import Image
 from arat_dist.config import DataConfig
 from arat_dist.data import augment
 from arat_dist.data.beton import BetonLoader
-from arat_dist.data.loader import train_loader, val_loader
+from arat_dist.data.fallback import FallbackLoader
+from arat_dist.data.loader import Loader, train_loader, val_loader
 from arat_dist.data.order import Keys, SampleOrder, eval_shares
 from arat_dist.errors import UserError
 
+AnyLoader = type[BetonLoader] | type[FallbackLoader]
+
 MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15
+
+
+@pytest.fixture(params=[BetonLoader, FallbackLoader])
+def open_loader(request: pytest.FixtureRequest) -> AnyLoader:
+    """FFCV's pictures, or torchvision's."""
+    return request.param
 
 
 def random_word(seed: int, key: int, draw: int) -> int:
@@ -48,7 +58,7 @@ def pad_crop_flip(picture: np.ndarray, seed: int, key: int, padding: int) -> np.
     return cut[:, ::-1] if random_word(seed, key, 0) % 2 else cut
 
 
-def pixels_by_key(loader: BetonLoader, shares: Sequence[Keys]) -> dict[int, np.ndarray]:
+def pixels_by_key(loader: Loader, shares: Sequence[Keys]) -> dict[int, np.ndarray]:
     """Every picture that the loader gives, uint8 [H,W,3], by its key."""
     found = {}
     with loader:
@@ -68,17 +78,17 @@ def assert_same(one: dict[int, np.ndarray], other: dict[int, np.ndarray]) -> Non
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**31 - 1])
-def test_pad_crop_and_flip_equal_the_reference(small: Pictures, small_beton: Path, seed: int):
+def test_pad_crop_and_flip_equal_the_reference(open_loader: AnyLoader, small: Pictures, small_beton: Path, seed: int):
     order = SampleOrder(37, 16, 2, seed)
-    loader = BetonLoader(small_beton, batch_size=16, image_size=32, augment="pad_crop", padding=4, flip=True, seed=seed)
+    loader = open_loader(small_beton, batch_size=16, image_size=32, augment="pad_crop", padding=4, flip=True, seed=seed)
     found = pixels_by_key(loader, order.shares(0, 1))
     expected = {key: pad_crop_flip(small.pictures[key % 37], seed, key, padding=4) for key in range(74)}
     assert_same(found, expected)
 
 
-def test_batches_are_the_shares_in_order(small: Pictures, small_beton: Path):
+def test_batches_are_the_shares_in_order(open_loader: AnyLoader, small: Pictures, small_beton: Path):
     shares = [np.array(keys, np.int64) for keys in ([5, 3, 36], [], [40, 3], [0])]
-    with BetonLoader(small_beton, batch_size=3, image_size=32) as loader:
+    with open_loader(small_beton, batch_size=3, image_size=32) as loader:
         assert loader.num_samples == 37
         for share, batch in zip(shares, loader.iterate(shares), strict=True):
             assert batch.keys.tolist() == share.tolist()
@@ -91,13 +101,15 @@ def test_batches_are_the_shares_in_order(small: Pictures, small_beton: Path):
 
 
 @pytest.mark.parametrize("kind", ["small", "large"])
-def test_same_pixels_for_any_threads_batches_and_ranks(kind: str, small_beton: Path, large_beton: Path):
+def test_same_pixels_for_any_threads_batches_and_ranks(
+    open_loader: AnyLoader, kind: str, small_beton: Path, large_beton: Path
+):
     def load(threads: int, batch_size: int, world_size: int) -> dict[int, np.ndarray]:
         path, augmentation = (small_beton, "pad_crop") if kind == "small" else (large_beton, "random_resized_crop")
         order = SampleOrder(37 if kind == "small" else 13, batch_size, 2, seed=3)
         found = {}
         for rank in range(world_size):
-            loader = BetonLoader(
+            loader = open_loader(
                 path, batch_size=batch_size, image_size=32, augment=augmentation, flip=True, seed=3, threads=threads
             )
             found |= pixels_by_key(loader, order.shares(rank, world_size))
@@ -109,13 +121,15 @@ def test_same_pixels_for_any_threads_batches_and_ranks(kind: str, small_beton: P
 
 
 @pytest.mark.parametrize("kind", ["small", "large"])
-def test_two_epochs_and_two_seeds_give_different_crops(kind: str, small_beton: Path, large_beton: Path):
+def test_two_epochs_and_two_seeds_give_different_crops(
+    open_loader: AnyLoader, kind: str, small_beton: Path, large_beton: Path
+):
     path, augmentation, num = (
         (small_beton, "pad_crop", 37) if kind == "small" else (large_beton, "random_resized_crop", 13)
     )
     found = [
         pixels_by_key(
-            BetonLoader(path, batch_size=2 * num, image_size=32, augment=augmentation, seed=seed),
+            open_loader(path, batch_size=2 * num, image_size=32, augment=augmentation, seed=seed),
             [np.arange(2 * num)],
         )
         for seed in (0, 1)
@@ -166,8 +180,8 @@ def assert_close(found: np.ndarray, expected: np.ndarray) -> None:
     assert np.abs(found.astype(int) - expected).mean() < 2
 
 
-def test_random_resized_crop_shows_its_box(large: Pictures, large_beton: Path):
-    loader = BetonLoader(large_beton, batch_size=13, image_size=48, augment="random_resized_crop", flip=True, seed=9)
+def test_random_resized_crop_shows_its_box(open_loader: AnyLoader, large: Pictures, large_beton: Path):
+    loader = open_loader(large_beton, batch_size=13, image_size=48, augment="random_resized_crop", flip=True, seed=9)
     for key, image in pixels_by_key(loader, [np.arange(13), np.arange(13, 26)]).items():
         picture = large.pictures[key % 13]
         box = augment.random_resized_box(9, key, *picture.shape[:2], 0.08, 1.0)
@@ -181,8 +195,8 @@ def test_centre_boxes():
     assert augment.centre_box(3, 900, 0.1) == (1, 449, 1, 1)
 
 
-def test_validation_takes_the_centre(large: Pictures, large_beton: Path):
-    loader = BetonLoader(large_beton, batch_size=13, image_size=48, val_crop=0.5)
+def test_validation_takes_the_centre(open_loader: AnyLoader, large: Pictures, large_beton: Path):
+    loader = open_loader(large_beton, batch_size=13, image_size=48, val_crop=0.5)
     for key, image in pixels_by_key(loader, eval_shares(13, 13, 0, 1)).items():
         height, width = large.pictures[key].shape[:2]
         side = round(0.5 * min(height, width))
@@ -214,9 +228,9 @@ def test_train_loader_follows_the_recipe(small: Pictures, small_beton: Path):
 # Threads ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_batch_holds_until_the_next_is_asked_for(small: Pictures, small_beton: Path):
+def test_a_batch_holds_until_the_next_is_asked_for(open_loader: AnyLoader, small: Pictures, small_beton: Path):
     """The ring goes on filling meanwhile; it must not reach the consumer's buffer."""
-    with BetonLoader(small_beton, batch_size=4, image_size=32) as loader:
+    with open_loader(small_beton, batch_size=4, image_size=32) as loader:
         shares = [np.arange(start, start + 4) % 37 for start in range(40)]
         for share, batch in zip(shares, loader.iterate(shares), strict=True):
             time.sleep(0.005)
@@ -224,20 +238,32 @@ def test_a_batch_holds_until_the_next_is_asked_for(small: Pictures, small_beton:
             np.testing.assert_array_equal(images, np.stack([small.pictures[key] for key in share]))
 
 
-def test_early_breaks_leave_no_thread(small_beton: Path):
-    with BetonLoader(small_beton, batch_size=4, image_size=32, threads=2) as loader:
+@pytest.mark.parametrize(("open_loader", "times"), [(BetonLoader, 1000), (FallbackLoader, 10)])
+def test_early_breaks_leave_no_thread_and_no_process(open_loader: AnyLoader, times: int, small_beton: Path):
+    num_threads = threading.active_count()
+    with open_loader(small_beton, batch_size=4, image_size=32, threads=2) as loader:
         order = SampleOrder(37, 4, 100, seed=0)
         next(iter(loader.iterate(order.shares(0, 1))))
-        before = threading.active_count()
-        for _ in range(20):
+        pool = threading.active_count() if open_loader is BetonLoader else num_threads
+        for _ in range(times):
             for _batch in loader.iterate(order.shares(0, 1)):
                 break
-        assert threading.active_count() == before
+        # The queues of a process that has been told to end live on for an instant.
+        assert_soon(lambda: threading.active_count() <= pool and not active_children())
+    assert_soon(lambda: threading.active_count() <= num_threads)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("beton")]
 
 
-def test_close_ends_a_loop_that_is_under_way(small_beton: Path):
-    loader = BetonLoader(small_beton, batch_size=4, image_size=32)
+def assert_soon(is_so: Callable[[], bool]) -> None:
+    """Wait for something that takes an instant, ten seconds at most."""
+    end = time.monotonic() + 10
+    while not is_so() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert is_so()
+
+
+def test_close_ends_a_loop_that_is_under_way(open_loader: AnyLoader, small_beton: Path):
+    loader = open_loader(small_beton, batch_size=4, image_size=32)
     batches = loader.iterate(SampleOrder(37, 4, 100, seed=0).shares(0, 1))
     next(batches)
     loader.close()
@@ -283,8 +309,8 @@ class FailingShares(Sequence[Keys]):
         return np.arange(4)
 
 
-def test_an_error_in_the_thread_reaches_the_consumer(small_beton: Path):
-    with BetonLoader(small_beton, batch_size=4, image_size=32) as loader:
+def test_an_error_in_the_thread_reaches_the_consumer(open_loader: AnyLoader, small_beton: Path):
+    with open_loader(small_beton, batch_size=4, image_size=32) as loader:
         batches = loader.iterate(FailingShares())
         next(batches)
         next(batches)
@@ -308,34 +334,34 @@ def damaged(large_beton: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_damaged_picture_is_named(damaged: Path, threads: int):
-    with BetonLoader(damaged, batch_size=13, image_size=32, threads=threads) as loader:
+def test_a_damaged_picture_is_named(open_loader: AnyLoader, damaged: Path, threads: int):
+    with open_loader(damaged, batch_size=13, image_size=32, threads=threads) as loader:
         batches = loader.iterate([np.arange(5), np.arange(13)])
         next(batches)
         with pytest.raises(UserError, match=r"damaged.beton: picture 5 can't be decoded"):
             next(batches)
 
 
-def test_a_truncated_file_is_not_opened(small_beton: Path, tmp_path: Path):
+def test_a_truncated_file_is_not_opened(open_loader: AnyLoader, small_beton: Path, tmp_path: Path):
     """FFCV would read behind its end."""
     path = tmp_path / "short.beton"
     content = small_beton.read_bytes()
     for length in (0, 10, 3000, len(content) // 2, len(content) - 24):
         path.write_bytes(content[:length])
         with pytest.raises(UserError, match=r"short.beton: not a complete .beton"):
-            BetonLoader(path, batch_size=4, image_size=32)
+            open_loader(path, batch_size=4, image_size=32)
 
 
-def test_a_table_that_points_behind_the_end_is_refused(small_beton: Path, tmp_path: Path):
+def test_a_table_that_points_behind_the_end_is_refused(open_loader: AnyLoader, small_beton: Path, tmp_path: Path):
     path = tmp_path / "wild.beton"
     path.write_bytes(small_beton.read_bytes()[:-8] + (2**40).to_bytes(8, "little"))
     with pytest.raises(UserError, match=r"wild.beton: not a complete .beton"):
-        BetonLoader(path, batch_size=4, image_size=32)
+        open_loader(path, batch_size=4, image_size=32)
 
 
-def test_pad_crop_refuses_other_sizes(small_beton: Path):
+def test_pad_crop_refuses_other_sizes(open_loader: AnyLoader, small_beton: Path):
     with pytest.raises(UserError, match="pad_crop needs pictures of 28x28"):
-        BetonLoader(small_beton, batch_size=4, image_size=28, augment="pad_crop")
+        open_loader(small_beton, batch_size=4, image_size=28, augment="pad_crop")
 
 
 def test_code_that_can_not_be_kept_is_compiled_anyway():
