@@ -86,8 +86,14 @@ class DataConfig(Section):
     """Training pictures are blended in pairs, their labels too; alpha of the Beta distribution, 0: off."""
     cutmix: NonNegative = 0.0
     """Training pictures get a patch of their partner's, labels by area; alpha, 0: off. With mixup: half and half."""
+    loader: Literal["ffcv", "torchvision"] = "ffcv"
+    """What decodes: ffcv, or torchvision where FFCV does not build; same order and crops, pixels a little different."""
     loader_threads: Count = 1
-    """Decoding threads of each worker."""
+    """Decoding threads (ffcv) or processes (torchvision) of each worker."""
+    shuffle_block: Count = 1
+    """Pictures that lie together on a slow disk and are read at about the same time; 1: a full shuffle."""
+    shuffle_window: Count = 256
+    """Blocks whose pictures are mixed with each other, where shuffle_block is above 1."""
 
 
 class ModelConfig(Section):

@@ -106,7 +106,10 @@ def train(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
 def sample_order(recipe: Recipe) -> SampleOrder:
     """The order of the recipe's samples over the whole run."""
     num_samples = load_manifest(recipe.data.train).num_samples
-    return SampleOrder(num_samples, recipe.train.global_batch_size, recipe.train.epochs, recipe.train.seed)
+    data, train = recipe.data, recipe.train
+    return SampleOrder(
+        num_samples, train.global_batch_size, train.epochs, train.seed, data.shuffle_block, data.shuffle_window
+    )
 
 
 def num_steps(recipe: Recipe) -> int:

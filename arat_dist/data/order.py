@@ -44,10 +44,14 @@ class SampleOrder:
     """Passes over the training set."""
     seed: int
     """Fixes the permutations."""
+    block: int = 1
+    """Samples that lie together and are read at about the same time; 1: a sample may follow any other."""
+    window: int = 1
+    """Blocks whose samples are mixed with each other; without meaning where `block` is 1."""
 
     def __post_init__(self) -> None:
         """Refuse sizes that leave nothing to order (ValueError)."""
-        for name in ("num_samples", "batch_size", "epochs"):
+        for name in ("num_samples", "batch_size", "epochs", "block", "window"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: {getattr(self, name)}: at least 1")
 
@@ -132,7 +136,8 @@ class SampleOrder:
         parts = [np.empty(0, np.int64)]
         while start < stop:
             epoch, offset = divmod(start, self.num_samples)
-            part = permutation(self.num_samples, self.seed, epoch)[offset : offset + stop - start]
+            order = permutation(self.num_samples, self.seed, epoch, self.block, self.window)
+            part = order[offset : offset + stop - start]
             parts.append(part + epoch * self.num_samples)
             start += len(part)
         return np.concatenate(parts)
@@ -178,17 +183,33 @@ def eval_shares(num_samples: int, batch_size: int, rank: int, world_size: int) -
 
 # Two epochs are enough: a batch reaches from one into the next.
 @lru_cache(maxsize=2)
-def permutation(num_samples: int, seed: int, epoch: int) -> Keys:
+def permutation(num_samples: int, seed: int, epoch: int, block: int = 1, window: int = 1) -> Keys:
     """The permutation int64 [num_samples] of one epoch, read-only.
 
     It sorts the samples by a 64-bit hash of (seed, epoch, index). numpy doesn't promise that Generator.permutation
     stays the same between its versions; integer arithmetic does, so a run can be resumed anywhere.
+
+    With blocks of more than one sample, the blocks are sorted by such a hash, and then the samples of every `window`
+    blocks that follow each other: what is read at a time lies in so many blocks.
     """
-    start = _mix(_mix(np.array([seed], np.uint64)) + np.array([epoch], np.uint64) * _GOLDEN)
-    hashes = _mix(start + np.arange(1, num_samples + 1, dtype=np.uint64) * _GOLDEN)
-    order = np.argsort(hashes, kind="stable").astype(np.int64)
+    hashes = _hashes(num_samples, seed, epoch)
+    if block == 1:
+        order = np.argsort(hashes, kind="stable")
+    else:
+        num_blocks = -(-num_samples // block)
+        # Blocks count on behind the samples, so that no block shares its hash with a sample.
+        places = np.empty(num_blocks, np.int64)
+        places[np.argsort(_hashes(num_blocks, seed, epoch, num_samples), kind="stable")] = np.arange(num_blocks)
+        order = np.lexsort((hashes, np.repeat(places // window, block)[:num_samples]))
+    order = order.astype(np.int64)
     order.setflags(write=False)
     return order
+
+
+def _hashes(count: int, seed: int, epoch: int, begin: int = 0) -> NDArray[np.uint64]:
+    """A word for each of the numbers from `begin` on, uint64 [count]."""
+    start = _mix(_mix(np.array([seed], np.uint64)) + np.array([epoch], np.uint64) * _GOLDEN)
+    return _mix(start + np.arange(begin + 1, begin + count + 1, dtype=np.uint64) * _GOLDEN)
 
 
 def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:

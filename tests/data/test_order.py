@@ -13,6 +13,8 @@ orders = st.builds(
     batch_size=st.integers(2, 40),
     epochs=st.integers(1, 5),
     seed=st.integers(0, 2**31 - 1),
+    block=st.integers(1, 9),
+    window=st.integers(1, 5),
 )
 few = settings(max_examples=60, deadline=None)
 
@@ -54,6 +56,20 @@ def test_no_rank_is_empty_while_pairs_suffice(order: SampleOrder, world_size: in
     sizes = [len(order.share(step, rank, world_size)) for step in range(order.num_steps) for rank in range(world_size)]
     assert min(sizes) >= 2
     assert max(sizes) == order.largest_share(world_size)
+
+
+@few
+@given(orders, st.lists(st.tuples(st.integers(0, 30), st.integers(1, 9)), max_size=5))
+def test_a_run_that_stops_anywhere_and_goes_on_anywhere_sees_what_is_left(order: SampleOrder, launches):
+    """Any number of stops, in mid-epoch too, each followed by another world size."""
+    seen, step = [], 0
+    for num_steps, world_size in [*launches, (order.num_steps, 3)]:
+        stop = min(step + num_steps, order.num_steps)
+        per_rank = [list(order.shares(rank, world_size, step, stop)) for rank in range(world_size)]
+        assert {len(shares) for shares in per_rank} == {stop - step}
+        seen += [int(key) for at in range(stop - step) for shares in per_rank for key in shares[at]]
+        step = stop
+    assert seen == all_keys(order)
 
 
 @few
@@ -161,3 +177,27 @@ def test_an_epoch_ends_with_the_batch_that_holds_its_last_sample():
     last_visits = [max(np.flatnonzero([epoch in order.batch(s) // 44 for s in range(17)])) for epoch in range(3)]
     assert ends == last_visits
     assert [order.epochs_after(n) for n in (0, 11, 17)] == [0, 2, 3]
+
+
+def test_blocks_are_read_in_windows():
+    """Four windows of three blocks of ten: each is used up before the next begins, and is mixed within itself."""
+    order = permutation(120, 3, 1, 10, 3)
+    assert sorted(order) == list(range(120))
+    windows = [order[start : start + 30] for start in range(0, 120, 30)]
+    assert all(len(set(window // 10)) == 3 for window in windows)
+    assert all(len(set(window[:10] // 10)) > 1 for window in windows), "blocks follow each other unmixed"
+    assert not np.array_equal(order, permutation(120, 3, 2, 10, 3))
+    assert not np.array_equal(order, permutation(120, 4, 1, 10, 3))
+
+
+@pytest.mark.parametrize(("block", "window"), [(1, 1), (16, 1000), (50, 40)])
+def test_wide_windows_mix_as_a_full_shuffle_does(block, window):
+    """Neighbours in the order are as far apart in the file as chance has it, a third of its length on average."""
+    num_samples = 2000
+    order = permutation(num_samples, 0, 0, block, window)
+    assert abs(np.abs(np.diff(order)).mean() / (num_samples / 3) - 1) < 0.05
+    assert abs(np.corrcoef(order, np.arange(num_samples))[0, 1]) < 0.07
+
+
+def test_the_last_block_may_be_short():
+    assert sorted(permutation(23, 0, 0, 10, 2)) == list(range(23))
