@@ -80,8 +80,8 @@ class DataConfig(Section):
     """Range of the area of random_resized_crop, as a fraction of the picture's area."""
     flip: bool = True
     """Mirror half of the training pictures left to right."""
-    val_crop: Annotated[Number, Field(gt=0, le=1)] = 0.875
-    """Side of the centre crop of non-square or larger validation pictures, as a fraction of the shorter side."""
+    val_crop: Annotated[Number, Field(gt=0, le=1)] | None = None
+    """Side of the centre crop for validation, as a fraction of the shorter side; default: timm's for the net."""
     mixup: NonNegative = 0.0
     """Training pictures are blended in pairs, their labels too; alpha of the Beta distribution, 0: off."""
     cutmix: NonNegative = 0.0

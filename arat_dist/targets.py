@@ -15,7 +15,7 @@ from arat_dist.data.manifest import check_beton, load_manifest
 from arat_dist.errors import UserError
 from arat_dist.evaluate import eval_config
 from arat_dist.export import export_timm, load_exported, read_metadata, verify_export
-from arat_dist.models.backbone import create_backbone, load_checkpoint, pretrained_cfg
+from arat_dist.models.backbone import create_backbone, load_checkpoint, pretrained_cfg, with_centre_crop
 from arat_dist.models.classifier import Classifier
 from arat_dist.objectives import build_objective
 from arat_dist.run import RECIPE, Run
@@ -67,7 +67,9 @@ def open_target(target: str, *, weights: Weights | None = None, val: str | None 
     recipe = run.recipe()
     data = recipe.data.model_copy(update={"val": absolute_path(val or recipe.data.val)})
     check_classes(data.val, recipe.data.num_classes)
-    return Target(run.folder.uri, load_run(run, recipe, weights), recipe.cluster, data, eval_config(recipe))
+    classifier = load_run(run, recipe, weights)
+    data = with_centre_crop(data, classifier.backbone)
+    return Target(run.folder.uri, classifier, recipe.cluster, data, eval_config(recipe))
 
 
 def load_run(run: Run, recipe: Recipe, weights: Weights | None = None) -> Classifier:
@@ -123,7 +125,7 @@ def export_run(run: Run, out_dir: Path, weights: Weights | None = None) -> Expor
         out_dir,
         load_manifest(recipe.data.train).class_names if Path(recipe.data.train).exists() else None,
         metadata,
-        crop_pct=evaluated_crop(recipe.data),
+        crop_pct=evaluated_crop(with_centre_crop(recipe.data, classifier.backbone)),
     )
     return Exported(folder, verify_export(folder, classifier))
 
@@ -133,6 +135,7 @@ def evaluated_crop(data: DataConfig) -> float:
     with contextlib.suppress(UserError):
         if load_manifest(data.val).all_are(data.image_size):
             return 1.0
+    assert data.val_crop is not None
     return data.val_crop
 
 

@@ -22,6 +22,7 @@ from arat_dist.data.order import SampleOrder
 from arat_dist.diagnostics import branch_distance, gradient_conflict
 from arat_dist.engine import Engine, Rank, average_statistics, build_engine
 from arat_dist.evaluate import eval_config, evaluate
+from arat_dist.models.backbone import with_centre_crop
 from arat_dist.models.classifier import Classifier
 from arat_dist.objectives import build_objective
 from arat_dist.objectives.base import Objective, Output
@@ -46,6 +47,7 @@ def train(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
     checkpoint = load_newest(run.checkpoints)
     # A checkpoint holds all weights: what the net started from is not asked for again.
     objective = build_objective(recipe if checkpoint is None else recipe.without_start())
+    recipe = recipe.model_copy(update={"data": with_centre_crop(recipe.data, objective.classifier.backbone)})
     scales_loss = settings.precision == "fp16"
     engine = build_engine(objective, recipe.engine, recipe.optim, rank, scales_loss=scales_loss)
     averages = build_averages(recipe, objective.classifier, order.num_samples)

@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 from torch import Tensor
 
 from arat_dist.data.manifest import check_augment, load_manifest
+from arat_dist.errors import UserError
 
 if TYPE_CHECKING:
     from arat_dist.config import DataConfig
+    from arat_dist.data.beton import BetonLoader
+    from arat_dist.data.fallback import FallbackLoader
     from arat_dist.data.order import Keys
 
 
@@ -61,13 +64,10 @@ def train_loader(data: DataConfig, seed: int, max_share: int) -> Loader:
         max_share: pictures of the largest batch that this rank gets (`SampleOrder.largest_share`).
 
     Raises:
-        UserError: the manifest is missing, or the pictures don't fit data.augment.
+        UserError: the manifest is missing, the pictures don't fit data.augment, or data.loader is out of reach.
     """
-    # ffcv, numba and opencv take about a second to import: only who loads pictures pays.
-    from arat_dist.data.beton import BetonLoader
-
     check_augment(data, load_manifest(data.train))
-    return BetonLoader(
+    return _kind(data)(
         data.train,
         batch_size=max_share,
         image_size=data.image_size,
@@ -75,20 +75,42 @@ def train_loader(data: DataConfig, seed: int, max_share: int) -> Loader:
         padding=data.padding,
         crop_scale=data.crop_scale,
         flip=data.flip,
-        val_crop=data.val_crop,
+        val_crop=_centre(data),
         seed=seed,
         threads=data.loader_threads,
     )
 
 
 def val_loader(data: DataConfig, batch_size: int) -> Loader:
-    """Validation pictures: the centre crop, nothing random. Keys are indices (`eval_shares`)."""
-    from arat_dist.data.beton import BetonLoader
+    """Validation pictures: the centre crop, nothing random. Keys are indices (`eval_shares`).
 
-    return BetonLoader(
+    Raises:
+        UserError: the file is missing or broken, or data.loader is out of reach.
+    """
+    return _kind(data)(
         data.val,
         batch_size=batch_size,
         image_size=data.image_size,
-        val_crop=data.val_crop,
+        val_crop=_centre(data),
         threads=data.loader_threads,
     )
+
+
+def _centre(data: DataConfig) -> float:
+    """Side of the centre crop as a fraction of the shorter side: all of it, unless a net or a recipe says otherwise."""
+    return 1.0 if data.val_crop is None else data.val_crop
+
+
+def _kind(data: DataConfig) -> type[BetonLoader] | type[FallbackLoader]:
+    """What the recipe asks for; the other is never taken in its place, since its pixels differ."""
+    # ffcv, numba and opencv take about a second to import: only who loads pictures pays.
+    if data.loader == "torchvision":
+        from arat_dist.data.fallback import FallbackLoader
+
+        return FallbackLoader
+    try:
+        from arat_dist.data.beton import BetonLoader
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"data.loader: ffcv: can't be imported ({reason}); torchvision would be right") from error
+    return BetonLoader

@@ -14,7 +14,7 @@ from timm.models import load_state_dict
 from torch import Tensor, nn
 
 import arat_dist.models.cifar  # noqa: F401  (registers this project's own nets with timm)
-from arat_dist.config import ModelConfig
+from arat_dist.config import DataConfig, ModelConfig
 from arat_dist.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,11 @@ def create_backbone(model: ModelConfig, *, num_classes: int, image_size: int) ->
 def pretrained_cfg(net: nn.Module) -> dict[str, Any]:
     """What timm notes on a net that it built: mean, std, input_size, the classifier's name."""
     return cast("dict[str, Any]", getattr(net, "pretrained_cfg", {}))
+
+
+def with_centre_crop(data: DataConfig, net: nn.Module) -> DataConfig:
+    """A recipe's section with its centre crop filled in: what timm notes on the net, unless the recipe says it."""
+    return data if data.val_crop is not None else data.model_copy(update={"val_crop": pretrained_cfg(net)["crop_pct"]})
 
 
 def load_checkpoint(net: nn.Module, path: str, *, new_head: bool = True) -> None:

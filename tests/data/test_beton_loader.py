@@ -376,3 +376,22 @@ def test_smooth_pictures_survive_jpeg(large: Pictures):
     picture = smooth_picture(np.random.default_rng(2), 200, 150)
     with pytest.raises(AssertionError):
         assert_close(resized(picture, 0, 0, 100, 100, 48), resized(picture, 20, 20, 100, 100, 48))
+
+
+def test_without_ffcv_the_recipe_is_told_what_to_do(small_beton: Path, monkeypatch: pytest.MonkeyPatch):
+    data = DataConfig(train=str(small_beton), val=str(small_beton), num_classes=3, image_size=32)
+    monkeypatch.setitem(sys.modules, "arat_dist.data.beton", None)
+    with pytest.raises(UserError, match=r"^data.loader: ffcv: can't be imported .*; torchvision would be right$"):
+        val_loader(data, batch_size=4)
+    other = data.model_copy(update={"loader": "torchvision"})
+    assert isinstance(val_loader(other, batch_size=4), FallbackLoader)
+    assert isinstance(train_loader(other, seed=0, max_share=4), FallbackLoader)
+
+
+def test_the_other_loader_decodes_jpegs_alike(large_beton: Path):
+    """The same boxes and flips: only rounding and filters differ, on smooth pictures by a grey level or two."""
+    settings: Any = {"batch_size": 13, "image_size": 48, "augment": "random_resized_crop", "flip": True, "seed": 9}
+    shares = [np.arange(13), np.arange(13, 26)]
+    found = pixels_by_key(FallbackLoader(large_beton, **settings), shares)
+    for key, image in pixels_by_key(BetonLoader(large_beton, **settings), shares).items():
+        assert_close(found[key], image)
