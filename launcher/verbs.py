@@ -36,7 +36,7 @@ def demo(args: argparse.Namespace) -> dict[str, Any]:
 
 def data_write(args: argparse.Namespace) -> dict[str, Any]:
     """`arat data write`."""
-    from arat_dist.data.beton import write_beton
+    from arat_dist.data.beton_writer import write_beton
     from arat_dist.data.sources import open_source
     from launcher.progress import console
 

@@ -9,7 +9,7 @@ import pytest
 from beton_pictures import Pictures
 
 from arat_dist.config import DataConfig
-from arat_dist.data.beton import write_beton
+from arat_dist.data.beton_writer import write_beton
 from arat_dist.data.loader import train_loader
 from arat_dist.data.manifest import check_beton, check_data, load_manifest, manifest_path
 from arat_dist.errors import UserError

@@ -8,7 +8,8 @@ import pytest
 from beton_pictures import Pictures, smooth_picture
 from PIL import Image
 
-from arat_dist.data.beton import BetonLoader, write_beton
+from arat_dist.data.beton import BetonLoader
+from arat_dist.data.beton_writer import write_beton
 from arat_dist.data.manifest import check_beton
 from arat_dist.data.sources import open_source
 from arat_dist.errors import UserError
