@@ -148,6 +148,11 @@ class BetonLoader:
         """Pictures in the set."""
         return self._num_samples
 
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Label of each picture as the file has it, int64 [N]."""
+        return np.array(self._metadata["f1"])
+
     def iterate(self, shares: Sequence[Keys]) -> Iterator[Batch]:
         """Batches in the order of `shares`: the i-th holds exactly the keys int64 [B] of shares[i].
 
@@ -183,22 +188,36 @@ class BetonLoader:
         """Close it."""
         self.close()
 
+    def unreadable(self) -> Iterator[tuple[int, Keys]]:
+        """Decode every picture, in order; yields the number done so far and the indices int64 [n] of broken ones."""
+        memory = self._graph.allocate_memory(self.batch_size, 1)["operation"]
+        for start in range(0, self.num_samples, self.batch_size):
+            indices = np.arange(start, min(start + self.batch_size, self.num_samples))
+            self._decode_parts(memory, indices, 0)
+            (_, readable), _ = memory.values()
+            yield int(indices[-1]) + 1, indices[readable[0][: len(indices), 0] == 0]
+
     def _fill(self, memory: dict[int, Any], keys: Keys, slot: int) -> Batch:
-        """Decode the pictures of `keys` into a slot of the ring, a part on each thread."""
+        """Decode the pictures of `keys` into a slot of the ring."""
         count = len(keys)
         if count > self.batch_size:
             raise ValueError(f"a share of {count} pictures: the loader's batch_size is {self.batch_size}")
-        # Parts smaller than one a thread: pictures differ in size.
-        length = count if self._num_threads == 1 else -(-count // (4 * self._num_threads))
-        parts = [slice(start, min(start + length, count)) for start in range(0, count, max(1, length))]
-        run = partial(self._decode, memory, keys, slot)
-        list(map(run, parts) if self._num_threads == 1 else self._pool.map(run, parts))
+        self._decode_parts(memory, keys, slot)
         (pictures, readable), labels = memory.values()
         if not readable[slot][:count].all():
             index = int(keys[np.flatnonzero(readable[slot][:count] == 0)[0]] % self.num_samples)
             raise UserError(f"{self.path}: picture {index} can't be decoded; write it again with `arat data write`")
         images = torch.from_numpy(pictures[slot][:count]).permute(0, 3, 1, 2)
         return Batch(images, torch.from_numpy(labels[slot][:count, 0]), torch.from_numpy(keys))
+
+    def _decode_parts(self, memory: dict[int, Any], keys: Keys, slot: int) -> None:
+        """Run FFCV's pipelines on the keys, a part on each thread."""
+        count = len(keys)
+        # Parts smaller than one a thread: pictures differ in size.
+        length = count if self._num_threads == 1 else -(-count // (4 * self._num_threads))
+        parts = [slice(start, min(start + length, count)) for start in range(0, count, max(1, length))]
+        run = partial(self._decode, memory, keys, slot)
+        list(map(run, parts) if self._num_threads == 1 else self._pool.map(run, parts))
 
     def _decode(self, memory: dict[int, Any], keys: Keys, slot: int, part: slice) -> None:
         """Run FFCV's pipelines on a part of the keys."""
@@ -227,14 +246,22 @@ def _read_contents(path: Path) -> tuple[Reader, NDArray[np.int64]]:
         reader = Reader(str(path))
         pictures, allocations = reader.metadata["f0"], reader.alloc_table[np.argsort(reader.alloc_table["ptr"])]
         found = allocations[np.searchsorted(allocations["ptr"], pictures["data_ptr"])]
-        columns = found["ptr"], found["ptr"] + found["size"], pictures["height"], pictures["width"]
-        table = np.stack([*columns, pictures["mode"] == IMAGE_MODES["jpg"]], axis=1).astype(np.int64)
-        complete = 0 < len(table) == reader.num_samples and np.all(found["ptr"] == pictures["data_ptr"])
-        if complete and table[:, 1].max() <= path.stat().st_size:
+        is_jpeg = pictures["mode"] == IMAGE_MODES["jpg"]
+        columns = found["ptr"], found["ptr"] + found["size"], pictures["height"], pictures["width"], is_jpeg
+        table = np.stack(columns, axis=1).astype(np.int64)
+        complete = len(table) == reader.num_samples and np.all(found["ptr"] == pictures["data_ptr"])
+        if complete and _is_inside(table, path.stat().st_size):
             return reader, table
-    except (AssertionError, IndexError, KeyError, ValueError, OSError):
+    except Exception:  # noqa: BLE001, S110 - FFCV's reader checks nothing: damaged bytes may raise anything.
         pass
     raise UserError(f"{path}: not a complete .beton; write it again with `arat data write`")
+
+
+def _is_inside(table: NDArray[np.int64], num_bytes: int) -> bool:
+    """Whether every picture of a table lies in a file of so many bytes, and each raw one has the bytes of its size."""
+    start, stop, height, width, is_jpeg = table.T
+    fits = (start > 0) & (start < stop) & (stop <= num_bytes) & (height > 0) & (width > 0)
+    return len(table) > 0 and bool(np.all(fits & ((is_jpeg != 0) | (stop - start == 3 * height * width))))
 
 
 def _join_decoders(reader: Reader, decoders: dict[str, Any]) -> tuple[Graph, Callable[..., Any]]:

@@ -34,6 +34,13 @@ def test_an_intact_file_passes(beton: Path):
     assert check_beton(beton) == check_beton(beton, hash=True) == load_manifest(beton)
 
 
+def test_a_manifest_of_before_there_was_skipping(beton: Path):
+    tree = json.loads(manifest_path(beton).read_text())
+    assert tree.pop("skipped") == []
+    manifest_path(beton).write_text(json.dumps(tree))
+    assert check_beton(beton, hash=True).skipped == ()
+
+
 def test_missing_files(beton: Path):
     assert_refused(beton.with_name("other.beton"), "other.beton: no such file; `arat data write")
     manifest_path(beton).unlink()
