@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"arat: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
-        print("arat: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        goes_on = "goes on where it stopped" if args.verb in ("train", "demo") else "starts anew"
+        print(f"arat: interrupted; the same command {goes_on}", file=sys.stderr)
         return FAILED
     except FloatingPointError as error:
         print(f"arat: the training broke down: {error}", file=sys.stderr)
@@ -83,11 +84,18 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("out", metavar="OUT.beton", type=Path)
     verb.add_argument("--labels", help="for a flat folder: a list of NAME LABEL lines, or LOC_val_solution.csv")
     verb.add_argument("--classes-from", metavar="TRAIN.beton", help="for a flat folder: the set whose classes it has")
-    verb.add_argument("--max-side", type=_positive, default=500, help="shrink longer pictures to this side (500)")
+    verb.add_argument("--max-side", type=_side, default=500, help="shrink longer pictures to this side (500)")
     verb.add_argument("--jpeg-quality", type=_percent, default=90, help="of pictures stored as JPEG (90)")
     verb.add_argument("--processes", type=_positive, default=os.cpu_count() or 1, help="that encode (all cores)")
+    verb.add_argument(
+        "--on-error",
+        choices=["fail", "skip"],
+        default="fail",
+        help="at an unreadable picture: end, or leave it out and list it in the manifest (fail)",
+    )
     verb = _verb(data, "check", verbs.data_check, "compare a .beton with its manifest, the SHA-256 included")
     verb.add_argument("file", metavar="FILE.beton", type=Path)
+    verb.add_argument("--deep", action="store_true", help="decode every picture as well")
 
     verb = _verb(commands, "train", verbs.train, "train a recipe, or go on with an unfinished run")
     verb.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
@@ -176,6 +184,7 @@ def _in_range(text: str, least: int, most: float = math.inf) -> int:
 _positive = partial(_in_range, least=1)
 _count = partial(_in_range, least=0)
 _percent = partial(_in_range, least=1, most=100)
+_side = partial(_in_range, least=1, most=65_500)  # libjpeg's limit
 
 
 def _set_up_logging() -> None:

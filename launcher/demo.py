@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from arat_dist.config import Recipe, StandardConfig
-from arat_dist.data.beton import write_beton
+from arat_dist.data.beton_writer import write_beton
 from arat_dist.data.manifest import check_beton
 from arat_dist.data.sources import open_source
 from arat_dist.errors import UserError

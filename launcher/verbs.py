@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import Progress
 
 from arat_dist.recipe import load_recipe
+
+if TYPE_CHECKING:
+    from arat_dist.data.manifest import Manifest
 
 # Each imports what it runs when it runs: `arat --help` and a mistyped recipe answer without torch and Ray.
 
@@ -36,7 +40,8 @@ def demo(args: argparse.Namespace) -> dict[str, Any]:
 
 def data_write(args: argparse.Namespace) -> dict[str, Any]:
     """`arat data write`."""
-    from arat_dist.data.beton import write_beton
+    from arat_dist.data.beton_writer import write_beton
+    from arat_dist.data.manifest import manifest_path
     from arat_dist.data.sources import open_source
     from launcher.progress import console
 
@@ -48,8 +53,17 @@ def data_write(args: argparse.Namespace) -> dict[str, Any]:
             args.out,
             max_side=args.max_side,
             jpeg_quality=args.jpeg_quality,
+            on_error=args.on_error,
             num_workers=args.processes,
             on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    if manifest.skipped:
+        console.print(
+            f"{args.out}: {len(manifest.skipped)} of {len(source)} pictures couldn't be read and were left out; "
+            f"{manifest_path(args.out).name} lists them",
+            highlight=False,
+            soft_wrap=True,
+            markup=False,
         )
     _print_unless_json(args, f"{args.out}: {manifest.num_samples} pictures of {manifest.num_classes} classes")
     return manifest.model_dump(mode="json")
@@ -60,10 +74,26 @@ def data_check(args: argparse.Namespace) -> dict[str, Any]:
     from arat_dist.data.manifest import check_beton
 
     manifest = check_beton(args.file, hash=True)
+    if args.deep:
+        _decode_all(args.file, manifest)
     _print_unless_json(
-        args, f"{args.file}: whole, {manifest.num_samples} pictures of {manifest.num_classes} classes, SHA-256 agrees"
+        args,
+        f"{args.file}: whole, {manifest.num_samples} pictures of {manifest.num_classes} classes, SHA-256 agrees"
+        + (", every picture decodes" if args.deep else ""),
     )
     return manifest.model_dump(mode="json")
+
+
+def _decode_all(file: Path, manifest: Manifest) -> None:
+    """The part of `arat data check` that --deep adds."""
+    from arat_dist.data.deep_check import check_samples
+    from launcher.progress import console
+
+    with Progress(console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task(f"decoding {file}", total=manifest.num_samples)
+        check_samples(
+            file, manifest, threads=os.cpu_count() or 1, on_progress=lambda done: bar.update(task, completed=done)
+        )
 
 
 def train(args: argparse.Namespace) -> dict[str, Any] | None:

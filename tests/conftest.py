@@ -29,7 +29,7 @@ def _one_thread_one_seed():
 @pytest.fixture(scope="session")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> Sets:
     """A training set of 44 and a validation set of 23 pictures of 16x16 in three classes."""
-    from arat_dist.data.beton import write_beton
+    from arat_dist.data.beton_writer import write_beton
 
     folder = tmp_path_factory.mktemp("sets")
     for name, count, seed in (("train", 44, 0), ("val", 23, 1)):

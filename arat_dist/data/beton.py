@@ -1,316 +1,45 @@
-"""FFCV's .beton files: writing them, and loading pictures by key. The only file that imports ffcv.
+"""Loading pictures of a .beton by key.
 
-What is FFCV's: the file format, its writer, the pipeline of operations, the memory map, decoding and resizing. What is
-ours: the order of samples, random choices that depend on (seed, key) alone, and the thread that runs ahead, because
-FFCV's own can neither be seeded, nor report an error, nor be stopped.
+FFCV's are the file format, the pipeline of operations, the memory map, decoding and resizing. Ours are the order of
+samples, random choices that depend on (seed, key) alone, and the thread that runs ahead, because FFCV's own can neither
+be seeded, nor report an error, nor be stopped.
 """
 
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
-from queue import Empty, SimpleQueue
-from traceback import clear_frames
 from types import TracebackType
 from typing import Any, Literal, Self
 
-import numba.typed
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 
 from arat_dist.data import augment as kernels
+from arat_dist.data.ffcv_import import (
+    IMAGE_MODES,
+    AllocationQuery,
+    Compiler,
+    Graph,
+    IntDecoder,
+    PipelineSpec,
+    Reader,
+    SimpleRGBImageDecoder,
+    State,
+    ctypes_imdecode,
+    ctypes_resize,
+)
 from arat_dist.data.loader import Batch
-from arat_dist.data.manifest import Manifest, file_sha256, manifest_path
 from arat_dist.data.order import Keys
 from arat_dist.data.ring import NUM_SLOTS, Producer
-from arat_dist.data.sources import Picture, Source
 from arat_dist.errors import UserError
 
-
-@contextmanager
-def _torch_threads_kept() -> Iterator[None]:
-    """Undo FFCV's habit of setting torch's thread count, which it does on import."""
-    num_threads = torch.get_num_threads()
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
-
-
-@contextmanager
-def _plain_dictionaries() -> Iterator[None]:
-    """Spare FFCV's import a dictionary of numba's for two strings: compiling it takes 5.2 of the import's 5.6 s."""
-    typed: Any = numba.typed
-    kept, typed.Dict = typed.Dict, dict
-    try:
-        yield
-    finally:
-        typed.Dict = kept
-
-
-with _torch_threads_kept(), _plain_dictionaries():
-    from ffcv.fields import IntField, RGBImageField
-    from ffcv.fields.basics import IntDecoder
-    from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder
-    from ffcv.libffcv import ctypes_imdecode, ctypes_resize
-    from ffcv.memory_allocator import MemoryAllocator
-    from ffcv.pipeline.allocation_query import AllocationQuery
-    from ffcv.pipeline.compiler import Compiler
-    from ffcv.pipeline.graph import Graph
-    from ffcv.pipeline.pipeline_spec import PipelineSpec
-    from ffcv.pipeline.state import State
-    from ffcv.reader import Reader
-    from ffcv.writer import DatasetWriter, worker_job_indexed_dataset
-
 kernels.link(*(ctypes.cast(function, ctypes.c_void_p).value or 0 for function in (ctypes_imdecode, ctypes_resize)))
-
-Progress = Callable[[int, int], None]
-"""Called with the number of pictures done and their total."""
-
-_MIN_PAGE_BYTES = 2**21
-_MAX_PAGE_BYTES = 2**31
-
-
-# Writing ------------------------------------------------------------------------------------------------------------
-
-
-def write_beton(
-    source: Source,
-    out: str | Path,
-    *,
-    max_side: int = 500,
-    jpeg_quality: int = 90,
-    raw_below: int = 128 * 128,
-    num_workers: int = 1,
-    on_progress: Progress | None = None,
-) -> Manifest:
-    """Write a source as OUT.beton with its manifest; on any failure nothing of it is left.
-
-    Args:
-        source: the pictures.
-        out: file to write, ending in .beton; one that exists is replaced once the new one is complete.
-        max_side: shrink pictures whose longer side is longer than this, in pixels.
-        jpeg_quality: quality of pictures stored as JPEG, 1 to 100.
-        raw_below: store pictures of fewer pixels than this as they are, which loads faster.
-        num_workers: processes that read and encode; 1 does it in this process.
-        on_progress: called now and then with (done, total).
-
-    Raises:
-        UserError: `out` can't be written, or a picture can't be read (named).
-    """
-    out = Path(out)
-    if out.suffix != ".beton":
-        raise UserError(f"{out}: the name of a data set ends in .beton")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out}: can't be written: {error.strerror}") from error
-    temp, temp_manifest = (out.with_name(f".{out.name}.{os.getpid()}.{kind}") for kind in ("tmp", "manifest"))
-    try:
-        page_bytes = 1 << (3 * max(max_side**2, raw_below) - 1).bit_length()
-        writer = _Writer(
-            str(temp),
-            {
-                "image": RGBImageField("smart", smart_threshold=3 * raw_below - 1, jpeg_quality=jpeg_quality),
-                "label": IntField(),
-            },
-            page_size=min(max(page_bytes, _MIN_PAGE_BYTES), _MAX_PAGE_BYTES),
-            num_workers=min(num_workers, len(source)),
-        )
-        writer.write(_Shrunk(source, max_side), on_progress or _ignore)
-        manifest = _describe(temp, source, max_side=max_side, jpeg_quality=jpeg_quality, raw_below=raw_below)
-        temp_manifest.write_text(manifest.model_dump_json(indent=2) + "\n")
-        for path in (temp, temp_manifest):
-            _sync(path)
-        # The manifest goes last: a beton without one is refused, so a crash in between can't pass for a data set.
-        manifest_path(out).unlink(missing_ok=True)
-        temp.replace(out)
-        temp_manifest.replace(manifest_path(out))
-    except OSError as error:
-        raise UserError(f"{out}: can't be written: {error.strerror or error}") from error
-    finally:
-        temp.unlink(missing_ok=True)
-        temp_manifest.unlink(missing_ok=True)
-    return manifest
-
-
-def _ignore(*news: object) -> None:
-    """Tell nobody."""
-
-
-def _sync(path: Path) -> None:
-    """Have a file on the disk before it gets its name."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def _describe(beton: Path, source: Source, *, max_side: int, jpeg_quality: int, raw_below: int) -> Manifest:
-    """The manifest of a file that has just been written, read back from it."""
-    metadata = Reader(str(beton)).metadata
-    heights, widths = metadata["f0"]["height"], metadata["f0"]["width"]
-    return Manifest(
-        num_samples=len(metadata),
-        class_names=tuple(source.class_names),
-        class_counts=tuple(np.bincount(metadata["f1"], minlength=len(source.class_names)).tolist()),
-        num_bytes=beton.stat().st_size,
-        sha256=file_sha256(beton),
-        source=source.description,
-        max_side=max_side,
-        jpeg_quality=jpeg_quality,
-        raw_below=raw_below,
-        raw_share=float(np.mean(metadata["f0"]["mode"] == IMAGE_MODES["raw"])),
-        min_size=(int(heights.min()), int(widths.min())),
-        max_size=(int(heights.max()), int(widths.max())),
-    )
-
-
-@dataclass
-class _Shrunk:
-    """A source whose pictures are at most max_side pixels long, and whose errors name the picture."""
-
-    source: Source
-    max_side: int
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> tuple[Picture, int]:
-        try:
-            picture, label = self.source[index]
-            return self._shrink(picture), label
-        except UserError:
-            raise
-        except Exception as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{self.source.name_of(index)}: not a readable picture: {reason}") from error
-
-    def _shrink(self, picture: Picture) -> Picture:
-        height, width = picture.shape[:2]
-        if max(height, width) <= self.max_side:
-            return picture
-        ratio = self.max_side / max(height, width)
-        size = max(1, round(width * ratio)), max(1, round(height * ratio))
-        return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BOX))
-
-
-@dataclass
-class _Watched:
-    """Pictures that tell of each one read, and of the error that ends the reading."""
-
-    pictures: _Shrunk
-    on_read: Callable[[int], None]
-    on_error: Callable[[str], None]
-
-    def __getitem__(self, index: int) -> tuple[Picture, int]:
-        try:
-            sample = self.pictures[index]
-        except UserError as error:
-            self.on_error(str(error))
-            raise
-        self.on_read(int(index) + 1)
-        return sample
-
-
-class _Writer(DatasetWriter):
-    """FFCV's writer, that ends when a worker fails: its own `_write_common` waits forever."""
-
-    def write(self, pictures: _Shrunk, on_progress: Progress) -> None:
-        """Write all pictures (UserError: one can't be read)."""
-        self.num_samples = len(pictures)
-        self.prepare()
-        shared: Any = self.metadata_sm
-        try:
-            encode = self._encode_here if self.num_workers <= 1 else self._encode_in_workers
-            self.finalize(encode(pictures, on_progress))
-        except Exception as error:
-            # FFCV's frames hold a view of the shared memory, which couldn't be closed.
-            clear_frames(error.__traceback__)
-            raise
-        finally:
-            shared.close()
-            shared.unlink()
-
-    def _encode_here(self, pictures: _Shrunk, on_progress: Progress) -> list[Any]:
-        """Encode in this process; returns the allocations."""
-        todo, allocations = SimpleQueue(), SimpleQueue()
-        todo.put([(index, index) for index in range(len(pictures))])
-        todo.put(None)
-
-        def on_read(done: int) -> None:
-            on_progress(done, len(pictures))
-
-        watched = _Watched(pictures, on_read, _ignore)
-        worker_job_indexed_dataset(*self._job(todo, allocations, watched))
-        return allocations.get()
-
-    def _encode_in_workers(self, pictures: _Shrunk, on_progress: Progress) -> list[Any]:
-        """Encode in forked processes; returns the allocations of all."""
-        context = get_context("fork")
-        todo, allocations, errors = context.Queue(), context.Queue(), context.SimpleQueue()
-        for start in range(0, len(pictures), 100):
-            todo.put([(index, index) for index in range(start, min(start + 100, len(pictures)))])
-        for _ in range(self.num_workers):
-            todo.put(None)
-        watched = _Watched(pictures, _ignore, errors.put)
-        job = self._job(todo, allocations, watched)
-        workers = [
-            context.Process(target=_run_worker, args=(errors.put, *job), daemon=True) for _ in range(self.num_workers)
-        ]
-        try:
-            for worker in workers:
-                worker.start()
-            done_number, found = job[5], []
-            for _ in workers:
-                found += self._await_worker(
-                    workers, allocations, errors, lambda: on_progress(done_number.value, len(pictures))
-                )
-            return found
-        finally:
-            todo.cancel_join_thread()
-            for worker in workers:
-                worker.terminate()
-                worker.join()
-
-    def _await_worker(self, workers: list[Any], allocations: Any, errors: Any, tick: Callable[[], None]) -> list[Any]:
-        """Allocations of the next worker that is done; an error of any of them is raised at once."""
-        while True:
-            with suppress(Empty):
-                return allocations.get(timeout=0.1)
-            tick()
-            if not errors.empty():
-                raise UserError(errors.get())
-            codes = [worker.exitcode for worker in workers if worker.exitcode]
-            if codes:
-                raise RuntimeError(f"a worker process that encoded pictures died with exit code {codes[0]}")
-
-    def _job(self, todo: Any, allocations: Any, pictures: _Watched) -> tuple[Any, ...]:
-        """Arguments of FFCV's worker function."""
-        allocator = MemoryAllocator(self.fname, self.data_region_start, self.page_size)
-        done_number = get_context("fork").Value("Q", 0)
-        shared = self.metadata_sm, self.metadata_type
-        return todo, *shared, self.fields, allocator, done_number, allocations, pictures
-
-
-def _run_worker(on_error: Callable[[str], None], *job: Any) -> None:
-    """Body of a writing process: FFCV's, with its errors handed to the parent."""
-    try:
-        worker_job_indexed_dataset(*job)
-    except UserError:
-        pass  # Told already, when it happened.
-    except Exception as error:  # noqa: BLE001 - whatever it is, the parent has to hear of it.
-        on_error(f"encoding failed: {error!r}")
-
-
-# Loading ------------------------------------------------------------------------------------------------------------
 
 
 class _LabelDecoder(IntDecoder):
@@ -419,6 +148,11 @@ class BetonLoader:
         """Pictures in the set."""
         return self._num_samples
 
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Label of each picture as the file has it, int64 [N]."""
+        return np.array(self._metadata["f1"])
+
     def iterate(self, shares: Sequence[Keys]) -> Iterator[Batch]:
         """Batches in the order of `shares`: the i-th holds exactly the keys int64 [B] of shares[i].
 
@@ -454,22 +188,36 @@ class BetonLoader:
         """Close it."""
         self.close()
 
+    def unreadable(self) -> Iterator[tuple[int, Keys]]:
+        """Decode every picture, in order; yields the number done so far and the indices int64 [n] of broken ones."""
+        memory = self._graph.allocate_memory(self.batch_size, 1)["operation"]
+        for start in range(0, self.num_samples, self.batch_size):
+            indices = np.arange(start, min(start + self.batch_size, self.num_samples))
+            self._decode_parts(memory, indices, 0)
+            (_, readable), _ = memory.values()
+            yield int(indices[-1]) + 1, indices[readable[0][: len(indices), 0] == 0]
+
     def _fill(self, memory: dict[int, Any], keys: Keys, slot: int) -> Batch:
-        """Decode the pictures of `keys` into a slot of the ring, a part on each thread."""
+        """Decode the pictures of `keys` into a slot of the ring."""
         count = len(keys)
         if count > self.batch_size:
             raise ValueError(f"a share of {count} pictures: the loader's batch_size is {self.batch_size}")
-        # Parts smaller than one a thread: pictures differ in size.
-        length = count if self._num_threads == 1 else -(-count // (4 * self._num_threads))
-        parts = [slice(start, min(start + length, count)) for start in range(0, count, max(1, length))]
-        run = partial(self._decode, memory, keys, slot)
-        list(map(run, parts) if self._num_threads == 1 else self._pool.map(run, parts))
+        self._decode_parts(memory, keys, slot)
         (pictures, readable), labels = memory.values()
         if not readable[slot][:count].all():
             index = int(keys[np.flatnonzero(readable[slot][:count] == 0)[0]] % self.num_samples)
             raise UserError(f"{self.path}: picture {index} can't be decoded; write it again with `arat data write`")
         images = torch.from_numpy(pictures[slot][:count]).permute(0, 3, 1, 2)
         return Batch(images, torch.from_numpy(labels[slot][:count, 0]), torch.from_numpy(keys))
+
+    def _decode_parts(self, memory: dict[int, Any], keys: Keys, slot: int) -> None:
+        """Run FFCV's pipelines on the keys, a part on each thread."""
+        count = len(keys)
+        # Parts smaller than one a thread: pictures differ in size.
+        length = count if self._num_threads == 1 else -(-count // (4 * self._num_threads))
+        parts = [slice(start, min(start + length, count)) for start in range(0, count, max(1, length))]
+        run = partial(self._decode, memory, keys, slot)
+        list(map(run, parts) if self._num_threads == 1 else self._pool.map(run, parts))
 
     def _decode(self, memory: dict[int, Any], keys: Keys, slot: int, part: slice) -> None:
         """Run FFCV's pipelines on a part of the keys."""
@@ -498,14 +246,22 @@ def _read_contents(path: Path) -> tuple[Reader, NDArray[np.int64]]:
         reader = Reader(str(path))
         pictures, allocations = reader.metadata["f0"], reader.alloc_table[np.argsort(reader.alloc_table["ptr"])]
         found = allocations[np.searchsorted(allocations["ptr"], pictures["data_ptr"])]
-        columns = found["ptr"], found["ptr"] + found["size"], pictures["height"], pictures["width"]
-        table = np.stack([*columns, pictures["mode"] == IMAGE_MODES["jpg"]], axis=1).astype(np.int64)
-        complete = 0 < len(table) == reader.num_samples and np.all(found["ptr"] == pictures["data_ptr"])
-        if complete and table[:, 1].max() <= path.stat().st_size:
+        is_jpeg = pictures["mode"] == IMAGE_MODES["jpg"]
+        columns = found["ptr"], found["ptr"] + found["size"], pictures["height"], pictures["width"], is_jpeg
+        table = np.stack(columns, axis=1).astype(np.int64)
+        complete = len(table) == reader.num_samples and np.all(found["ptr"] == pictures["data_ptr"])
+        if complete and _is_inside(table, path.stat().st_size):
             return reader, table
-    except (AssertionError, IndexError, KeyError, ValueError, OSError):
+    except Exception:  # noqa: BLE001, S110 - FFCV's reader checks nothing: damaged bytes may raise anything.
         pass
     raise UserError(f"{path}: not a complete .beton; write it again with `arat data write`")
+
+
+def _is_inside(table: NDArray[np.int64], num_bytes: int) -> bool:
+    """Whether every picture of a table lies in a file of so many bytes, and each raw one has the bytes of its size."""
+    start, stop, height, width, is_jpeg = table.T
+    fits = (start > 0) & (start < stop) & (stop <= num_bytes) & (height > 0) & (width > 0)
+    return len(table) > 0 and bool(np.all(fits & ((is_jpeg != 0) | (stop - start == 3 * height * width))))
 
 
 def _join_decoders(reader: Reader, decoders: dict[str, Any]) -> tuple[Graph, Callable[..., Any]]:

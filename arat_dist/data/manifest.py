@@ -51,6 +51,8 @@ class Manifest(BaseModel):
     """Smallest height and smallest width, in pixels."""
     max_size: tuple[int, int]
     """Largest height and largest width, in pixels."""
+    skipped: tuple[str, ...] = ()
+    """Pictures that couldn't be read and were left out, each as 'NAME: reason'."""
 
     @property
     def num_classes(self) -> int:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from beton_pictures import Pictures, smooth_picture
 
-from arat_dist.data.beton import write_beton
+from arat_dist.data.beton_writer import write_beton
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pytest
 from beton_pictures import Pictures
 
 from arat_dist.config import DataConfig
-from arat_dist.data.beton import write_beton
+from arat_dist.data.beton_writer import write_beton
 from arat_dist.data.loader import train_loader
 from arat_dist.data.manifest import check_beton, check_data, load_manifest, manifest_path
 from arat_dist.errors import UserError
@@ -32,6 +32,13 @@ def assert_refused(path: Path, match: str, hash: bool | None = None) -> None:  #
 
 def test_an_intact_file_passes(beton: Path):
     assert check_beton(beton) == check_beton(beton, hash=True) == load_manifest(beton)
+
+
+def test_a_manifest_of_before_there_was_skipping(beton: Path):
+    tree = json.loads(manifest_path(beton).read_text())
+    assert tree.pop("skipped") == []
+    manifest_path(beton).write_text(json.dumps(tree))
+    assert check_beton(beton, hash=True).skipped == ()
 
 
 def test_missing_files(beton: Path):

@@ -8,7 +8,8 @@ import pytest
 from beton_pictures import Pictures, smooth_picture
 from PIL import Image
 
-from arat_dist.data.beton import BetonLoader, write_beton
+from arat_dist.data.beton import BetonLoader
+from arat_dist.data.beton_writer import write_beton
 from arat_dist.data.manifest import check_beton
 from arat_dist.data.sources import open_source
 from arat_dist.errors import UserError
@@ -72,6 +73,54 @@ def test_an_unreadable_picture_is_named_and_nothing_is_left(tmp_path: Path, num_
     assert not [name for name in set(os.listdir("/dev/shm")) - shared_before if name.startswith("psm_")]
 
 
+def broken_folder(root: Path, num: int = 6, bad: tuple[int, ...] = (0, 4)) -> Path:
+    """folder_of, where some pictures of the second class are cut short."""
+    folder_of(root, num)
+    for index in bad:
+        path = root / "n02" / f"n02_{index}.JPEG"
+        path.write_bytes(path.read_bytes()[:300])
+    return root
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_unreadable_pictures_are_left_out_and_listed(tmp_path: Path, num_workers: int):
+    """The rest is exactly what a folder without them gives; more than one chunk, with bad ones at both ends of one."""
+    bad = (0, 99, 100, 149)
+    root = broken_folder(tmp_path / "in", num=150, bad=bad)
+    out = tmp_path / "out" / "a.beton"
+    manifest = write_beton(open_source(f"folder:{root}"), out, on_error="skip", num_workers=num_workers)
+    assert manifest == check_beton(out, hash=True)
+    assert (manifest.num_samples, manifest.class_counts) == (296, (150, 146))
+    # In the order of their names: n02_0, n02_100, n02_149, n02_99.
+    assert [line.split(":")[0] for line in manifest.skipped] == [
+        str(root / "n02" / f"n02_{index}.JPEG") for index in (0, 100, 149, 99)
+    ]
+    assert all("JPEG: not a readable picture: " in line for line in manifest.skipped)
+    for index in bad:
+        (root / "n02" / f"n02_{index}.JPEG").unlink()
+    whole = write_beton(open_source(f"folder:{root}"), tmp_path / "whole.beton")
+    assert whole.skipped == ()
+    with (
+        BetonLoader(out, batch_size=296, image_size=16) as one,
+        BetonLoader(tmp_path / "whole.beton", batch_size=296, image_size=16) as other,
+    ):
+        found, expected = (next(iter(loader.iterate([np.arange(296)]))) for loader in (one, other))
+        np.testing.assert_array_equal(found.images.numpy(), expected.images.numpy())
+        assert found.labels.tolist() == expected.labels.tolist() == [0] * 150 + [1] * 146
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_nothing_but_unreadable_pictures(tmp_path: Path, num_workers: int):
+    root = broken_folder(tmp_path / "in", num=2, bad=(0, 1))
+    for path in (root / "n01").iterdir():
+        path.write_bytes(b"")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match=r"in: none of its pictures can be read; the first: .*n01_0.JPEG: not a ") as it:
+        write_beton(open_source(f"folder:{root}"), tmp_path / "out/a.beton", on_error="skip", num_workers=num_workers)
+    assert "\n" not in str(it.value)
+    assert everything_below(tmp_path / "out") == []
+
+
 def test_a_failure_leaves_the_file_before_it_alone(tmp_path: Path, small: Pictures, monkeypatch: pytest.MonkeyPatch):
     out = tmp_path / "a.beton"
     manifest = write_beton(small, out)
@@ -81,6 +130,14 @@ def test_a_failure_leaves_the_file_before_it_alone(tmp_path: Path, small: Pictur
         write_beton(broken, out)
     assert check_beton(out, hash=True) == manifest
     assert everything_below(tmp_path) == ["a.beton", "a.manifest.json"]
+
+
+def test_only_unreadable_pictures_are_skipped(tmp_path: Path):
+    """A label that FFCV can't store is a defect: it must not make a picture disappear."""
+    pictures = [np.zeros((8, 8, 3), np.uint8)] * 3
+    with pytest.raises((RuntimeError, OverflowError)):
+        write_beton(Pictures(pictures, [0, 2**70, 1]), tmp_path / "a.beton", on_error="skip")
+    assert everything_below(tmp_path) == []
 
 
 def test_a_worker_that_dies_does_not_hang_the_writer(tmp_path: Path):

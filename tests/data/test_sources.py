@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from arat_dist.data.beton import write_beton
+from arat_dist.data.beton_writer import write_beton
 from arat_dist.data.sources import open_source, read_picture
 from arat_dist.errors import UserError
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from small import MARK, tiny_overrides, wait_until_gone
 
-from arat_dist.data.beton import write_beton
+from arat_dist.data.beton_writer import write_beton
 from arat_dist.data.sources import open_source
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from small import ARAT, NoisePictures, as_options, tiny_overrides
 
-from arat_dist.data.beton import write_beton
+from arat_dist.data.beton_writer import write_beton
 from arat_dist.data.manifest import load_manifest
 from launcher.cli import main
 

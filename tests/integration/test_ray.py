@@ -16,7 +16,7 @@ from mlflow.tracking import MlflowClient
 from small import NoisePictures, marked_processes, tiny_overrides
 
 from arat_dist.config import ClusterConfig, Recipe
-from arat_dist.data.beton import write_beton
+from arat_dist.data.beton_writer import write_beton
 from arat_dist.engine import Rank
 from arat_dist.errors import UserError, WorkersError
 from arat_dist.preflight import check_recipe
