@@ -138,6 +138,14 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--threads", type=_positive, help="that torch uses (torch's own choice)")
     verb.add_argument("--repeats", type=_positive, default=5, help="rounds, of which medians are taken (5)")
     verb.epilog = "Recipe keys can be overridden, as in --model.args '{channels: [16, 32, 64, 128]}'."
+    verb = _verb(bench, "data", verbs.bench_data, "pictures a second of the loaders, of FFCV's own and of torchvision")
+    verb.add_argument(
+        "folder", metavar="FOLDER", type=Path, help="pictures in class folders; a few thousand are enough"
+    )
+    verb.add_argument("--image-size", type=_positive, default=224, help="side of the crops, in pixels (224)")
+    verb.add_argument("--batch-size", type=_positive, default=64, help="(64)")
+    verb.add_argument("--cores", type=_positive, default=os.cpu_count() or 1, help="that everything may use (all)")
+    verb.add_argument("--repeats", type=_positive, default=5, help="rounds, of which medians are taken (5)")
     verb = _verb(bench, "train", verbs.bench_train, "train a recipe in this process and tell what the loop costs")
     verb.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
     verb.epilog = "Recipe keys can be overridden, as in --train.max_steps 100."

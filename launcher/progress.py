@@ -107,3 +107,23 @@ def step_table(result: dict[str, Any]) -> Table:
         memory = f"{result['reference_peak_memory_mb']:.0f} (no attack)" if precision == "bf16" else ""
         table.add_row(f"plain code in {precision}", f"{milliseconds:.1f}", f"{milliseconds / floor:.3f}", memory)
     return table
+
+
+def data_table(result: dict[str, Any]) -> Table:
+    """What `arat bench data` measured."""
+    from arat_dist.bench.data import LOADERS  # decoders are imported by who measures them
+
+    side = result["image_size"]
+    table = Table(
+        title=f"{result['pictures']:,} pictures to {side}x{side}, batches of {result['batch_size']}, "
+        f"{result['cores']} cores",
+        caption=f"first batch of a new process: {result['first_batch_s']:.2f} s; with nothing compiled before "
+        f"{result['first_batch_uncached_s']:.2f} s; the step that waits takes {result['step_ms']:.0f} ms",
+    )
+    for column in ("", "pictures/s", "of torchvision's", "a step waits"):
+        table.add_column(column, justify="right" if column else "left")
+    rates = result["images_per_second"]
+    for name, label in LOADERS.items():
+        share = f"{result.get(f'ratio_{name}_torchvision', rates[name] / rates['torchvision']):.2f}"
+        table.add_row(label, f"{rates[name]:,.0f}", share, f"{result['wait_fraction'][name]:.1%}")
+    return table

@@ -178,6 +178,24 @@ def bench_step(args: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
+def bench_data(args: argparse.Namespace) -> dict[str, Any]:
+    """`arat bench data`."""
+    from arat_dist.bench.data import bench_data as measure
+    from launcher.progress import console, data_table
+
+    with console.status("reading") as status:
+        result = measure(
+            args.folder,
+            image_size=args.image_size,
+            batch_size=args.batch_size,
+            cores=args.cores,
+            repeats=args.repeats,
+            on_progress=status.update,
+        )
+    _print_unless_json(args, data_table(result))
+    return result
+
+
 def bench_train(args: argparse.Namespace) -> dict[str, Any]:
     """`arat bench train`."""
     from launcher.bench import bench_train as measure

@@ -34,8 +34,9 @@ def _plain_dictionaries() -> Iterator[None]:
 with _torch_threads_kept(), _plain_dictionaries():
     from ffcv.fields import IntField, RGBImageField
     from ffcv.fields.basics import IntDecoder
-    from ffcv.fields.rgb_image import IMAGE_MODES, SimpleRGBImageDecoder
+    from ffcv.fields.rgb_image import IMAGE_MODES, RandomResizedCropRGBImageDecoder, SimpleRGBImageDecoder
     from ffcv.libffcv import ctypes_imdecode, ctypes_resize
+    from ffcv.loader import Loader, OrderOption
     from ffcv.memory_allocator import MemoryAllocator
     from ffcv.pipeline.allocation_query import AllocationQuery
     from ffcv.pipeline.compiler import Compiler
@@ -43,6 +44,7 @@ with _torch_threads_kept(), _plain_dictionaries():
     from ffcv.pipeline.pipeline_spec import PipelineSpec
     from ffcv.pipeline.state import State
     from ffcv.reader import Reader
+    from ffcv.transforms import RandomHorizontalFlip, ToTensor
     from ffcv.types import (
         ALLOC_TABLE_TYPE,
         CURRENT_VERSION,
@@ -65,12 +67,17 @@ __all__ = [
     "HeaderType",
     "IntDecoder",
     "IntField",
+    "Loader",
     "MemoryAllocator",
+    "OrderOption",
     "PipelineSpec",
     "RGBImageField",
+    "RandomHorizontalFlip",
+    "RandomResizedCropRGBImageDecoder",
     "Reader",
     "SimpleRGBImageDecoder",
     "State",
+    "ToTensor",
     "ctypes_imdecode",
     "ctypes_resize",
     "get_metadata_type",
