@@ -1,5 +1,6 @@
 """Both loaders: pixels against an independent reference, and the same whatever the threads, batches and ranks."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -395,3 +396,22 @@ def test_the_other_loader_decodes_jpegs_alike(large_beton: Path):
     found = pixels_by_key(FallbackLoader(large_beton, **settings), shares)
     for key, image in pixels_by_key(BetonLoader(large_beton, **settings), shares).items():
         assert_close(found[key], image)
+
+
+def test_memory_stays_flat_over_two_hundred_epochs(small_beton: Path):
+    with BetonLoader(small_beton, batch_size=8, image_size=32, augment="pad_crop", flip=True, threads=2) as loader:
+        order = SampleOrder(37, 8, 400, seed=0)
+        resident = []
+        for epoch in range(200):
+            steps = epoch * order.num_steps // 400
+            for _batch in loader.iterate(order.shares(0, 1, steps, steps + 5)):
+                pass
+            resident.append(resident_bytes())
+    # The first epochs fill pools of memory; 100 kB a batch would show as 16 MB and more.
+    assert max(resident[150:]) - max(resident[20:50]) < 4 * 2**20
+
+
+def resident_bytes() -> int:
+    """Memory of this process."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
