@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from arat_dist.data.beton_writer import write_beton
-from arat_dist.data.sources import open_source, read_picture
+from arat_dist.data.pictures import read_picture
+from arat_dist.data.sources import open_source
 from arat_dist.errors import UserError
 
 WNIDS = ["n01440764", "n01443537", "n01484850"]
