@@ -8,7 +8,6 @@ import pytest
 from PIL import Image
 
 from arat_dist.data.beton_writer import write_beton
-from arat_dist.data.pictures import read_picture
 from arat_dist.data.sources import open_source
 from arat_dist.errors import UserError
 
@@ -138,30 +137,6 @@ def test_what_is_no_source(source: str):
         open_source(source)
     with pytest.raises(UserError, match="goes with folder:PATH only"):
         open_source("digits:train", labels="x")
-
-
-@pytest.mark.parametrize(
-    ("mode", "value", "expected"),
-    [
-        ("L", 200, (200, 200, 200)),
-        ("1", 1, (255, 255, 255)),
-        ("RGBA", (1, 2, 3, 0), (1, 2, 3)),
-        ("LA", (7, 9), (7, 7, 7)),
-        ("I;16", 257 * 100, (100, 100, 100)),
-    ],
-)
-def test_pictures_of_other_kinds_become_rgb(tmp_path: Path, mode: str, value, expected: tuple[int, int, int]):
-    Image.new(mode, (5, 4), value).save(tmp_path / "a.png")
-    picture = read_picture(tmp_path / "a.png")
-    assert (picture.shape, picture.dtype) == ((4, 5, 3), np.uint8)
-    assert (picture == expected).all()
-
-
-def test_cmyk_and_palette(tmp_path: Path):
-    Image.new("RGB", (8, 8), (250, 120, 10)).convert("CMYK").save(tmp_path / "a.jpg", quality=100)
-    assert np.abs(read_picture(tmp_path / "a.jpg").astype(int) - (250, 120, 10)).max() < 8
-    Image.new("RGB", (8, 8), (255, 0, 51)).convert("P").save(tmp_path / "a.gif")
-    assert (read_picture(tmp_path / "a.gif") == (255, 0, 51)).all()
 
 
 def test_digits():
