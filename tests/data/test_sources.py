@@ -1,5 +1,6 @@
 """Sources: what people's folders look like, and what is said when they don't."""
 
+import os
 import pickle
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import pytest
 from PIL import Image
 
 from arat_dist.data.beton_writer import write_beton
+from arat_dist.data.folders import PackedNames
+from arat_dist.data.manifest import load_manifest
 from arat_dist.data.sources import open_source
 from arat_dist.errors import UserError
 
@@ -55,6 +58,54 @@ def test_class_folders(train: Path):
     assert (source[3][0] == 11).all()
     assert "deep.JPEG" in {Path(source.name_of(index)).name for index in (4, 5, 6)}
     assert len(pickle.loads(pickle.dumps(source))) == 7
+
+
+def test_names_of_any_bytes(tmp_path: Path):
+    """Names that are no UTF-8 come from old archives; file systems that refuse them can't hold the test either."""
+    names = ["plain.png", "\u00fc-\u6f22\u5b57.png", os.fsdecode(b"caf\xe9.png"), "two\nlines.png", "b.png.jpg"]
+    try:
+        for grey, name in enumerate(names):
+            save(tmp_path / "\u00e4nt" / name, grey)
+    except OSError:
+        pytest.skip("the file system takes UTF-8 only")
+    source = open_source(f"folder:{tmp_path}")
+    assert source.class_names == ["\u00e4nt"]
+    expected = [names.index(name) for name in sorted(names, key=os.fsencode)]
+    assert [int(source[index][0].max()) for index in range(5)] == expected
+    shown = {source.name_of(index).rpartition("/")[2] for index in range(5)}
+    assert shown == {"plain.png", "\u00fc-\u6f22\u5b57.png", "caf\\xe9.png", "two\\nlines.png", "b.png.jpg"}
+    (tmp_path / "\u00e4nt" / names[2]).write_bytes(b"")
+    manifest = write_beton(source, tmp_path / "a.beton", on_error="skip")
+    assert manifest == load_manifest(tmp_path / "a.beton")
+    assert manifest.skipped == (f"{tmp_path}/\u00e4nt/caf\\xe9.png: not a readable picture: an empty file",)
+
+
+def test_a_class_whose_name_can_not_be_printed(tmp_path: Path):
+    try:
+        save(tmp_path / os.fsdecode(b"\xe9cole") / "a.png")
+    except OSError:
+        pytest.skip("the file system takes UTF-8 only")
+    with pytest.raises(UserError, match=r"cole: the name of a class is printable UTF-8; rename this folder"):
+        open_source(f"folder:{tmp_path}")
+
+
+def test_lists_with_names_of_any_bytes_and_a_byte_order_mark(tmp_path: Path):
+    try:
+        save(tmp_path / "val" / os.fsdecode(b"caf\xe9.png"), 1)
+    except OSError:
+        pytest.skip("the file system takes UTF-8 only")
+    save(tmp_path / "val" / "b.png", 2)
+    (tmp_path / "val.txt").write_bytes(b"\xef\xbb\xbfb.png n02\ncaf\xe9.png n01\n")
+    source = open_source(f"folder:{tmp_path / 'val'}")
+    assert [(int(source[index][0].max()), source[index][1]) for index in range(2)] == [(2, 1), (1, 0)]
+
+
+def test_a_folder_costs_little_more_than_its_names(tmp_path: Path):
+    """Forked processes copy what counts its uses: names and labels are arrays."""
+    names = [b"n%08d/n%08d_%d.JPEG" % (index // 100, index // 100, index) for index in range(3000)]
+    packed = PackedNames.of([names[:1000], [], names[1000:]])
+    assert [packed[index] for index in range(len(packed))] == names
+    assert len(pickle.dumps(packed)) < sum(map(len, names)) + 8 * len(names) + 1000
 
 
 @pytest.mark.parametrize("beside", [True, False])
