@@ -83,7 +83,8 @@ def open_folder(source: str, root: Path, labels: str | Path | None, classes_from
     """Class folders, or a flat folder with a list of labels."""
     if not root.is_dir():
         raise UserError(f"{source}: {root}: no such folder")
-    class_folders = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    with os.scandir(root) as entries:
+        class_folders = sorted(each.name for each in entries if each.is_dir() and not each.name.startswith("."))
     # Tiny ImageNet's val has its pictures in one folder beside their list: that folder is no class.
     is_flat = labels is not None or not class_folders or (len(class_folders) == 1 and _list_in(root) is not None)
     if not is_flat:
