@@ -37,7 +37,8 @@ from arat_dist.data.ffcv_import import (
     handle_sample,
 )
 from arat_dist.data.manifest import Manifest, file_sha256, manifest_path
-from arat_dist.data.sources import Picture, Source
+from arat_dist.data.pictures import Picture
+from arat_dist.data.sources import Source
 from arat_dist.errors import UserError
 
 Progress = Callable[[int, int], None]

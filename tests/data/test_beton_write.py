@@ -132,6 +132,12 @@ def test_a_failure_leaves_the_file_before_it_alone(tmp_path: Path, small: Pictur
     assert everything_below(tmp_path) == ["a.beton", "a.manifest.json"]
 
 
+def test_a_source_without_pictures(tmp_path: Path):
+    with pytest.raises(UserError, match="test: no pictures in it"):
+        write_beton(Pictures([], []), tmp_path / "a.beton", num_workers=2)
+    assert everything_below(tmp_path) == []
+
+
 def test_only_unreadable_pictures_are_skipped(tmp_path: Path):
     """A label that FFCV can't store is a defect: it must not make a picture disappear."""
     pictures = [np.zeros((8, 8, 3), np.uint8)] * 3

@@ -1,5 +1,6 @@
 """Sources: what people's folders look like, and what is said when they don't."""
 
+import os
 import pickle
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import pytest
 from PIL import Image
 
 from arat_dist.data.beton_writer import write_beton
-from arat_dist.data.sources import open_source, read_picture
+from arat_dist.data.folders import PackedNames
+from arat_dist.data.manifest import load_manifest
+from arat_dist.data.sources import open_source
 from arat_dist.errors import UserError
 
 WNIDS = ["n01440764", "n01443537", "n01484850"]
@@ -55,6 +58,54 @@ def test_class_folders(train: Path):
     assert (source[3][0] == 11).all()
     assert "deep.JPEG" in {Path(source.name_of(index)).name for index in (4, 5, 6)}
     assert len(pickle.loads(pickle.dumps(source))) == 7
+
+
+def test_names_of_any_bytes(tmp_path: Path):
+    """Names that are no UTF-8 come from old archives; file systems that refuse them can't hold the test either."""
+    names = ["plain.png", "\u00fc-\u6f22\u5b57.png", os.fsdecode(b"caf\xe9.png"), "two\nlines.png", "b.png.jpg"]
+    try:
+        for grey, name in enumerate(names):
+            save(tmp_path / "\u00e4nt" / name, grey)
+    except OSError:
+        pytest.skip("the file system takes UTF-8 only")
+    source = open_source(f"folder:{tmp_path}")
+    assert source.class_names == ["\u00e4nt"]
+    expected = [names.index(name) for name in sorted(names, key=os.fsencode)]
+    assert [int(source[index][0].max()) for index in range(5)] == expected
+    shown = {source.name_of(index).rpartition("/")[2] for index in range(5)}
+    assert shown == {"plain.png", "\u00fc-\u6f22\u5b57.png", "caf\\xe9.png", "two\\nlines.png", "b.png.jpg"}
+    (tmp_path / "\u00e4nt" / names[2]).write_bytes(b"")
+    manifest = write_beton(source, tmp_path / "a.beton", on_error="skip")
+    assert manifest == load_manifest(tmp_path / "a.beton")
+    assert manifest.skipped == (f"{tmp_path}/\u00e4nt/caf\\xe9.png: not a readable picture: an empty file",)
+
+
+def test_a_class_whose_name_can_not_be_printed(tmp_path: Path):
+    try:
+        save(tmp_path / os.fsdecode(b"\xe9cole") / "a.png")
+    except OSError:
+        pytest.skip("the file system takes UTF-8 only")
+    with pytest.raises(UserError, match=r"cole: the name of a class is printable UTF-8; rename this folder"):
+        open_source(f"folder:{tmp_path}")
+
+
+def test_lists_with_names_of_any_bytes_and_a_byte_order_mark(tmp_path: Path):
+    try:
+        save(tmp_path / "val" / os.fsdecode(b"caf\xe9.png"), 1)
+    except OSError:
+        pytest.skip("the file system takes UTF-8 only")
+    save(tmp_path / "val" / "b.png", 2)
+    (tmp_path / "val.txt").write_bytes(b"\xef\xbb\xbfb.png n02\ncaf\xe9.png n01\n")
+    source = open_source(f"folder:{tmp_path / 'val'}")
+    assert [(int(source[index][0].max()), source[index][1]) for index in range(2)] == [(2, 1), (1, 0)]
+
+
+def test_a_folder_costs_little_more_than_its_names(tmp_path: Path):
+    """Forked processes copy what counts its uses: names and labels are arrays."""
+    names = [b"n%08d/n%08d_%d.JPEG" % (index // 100, index // 100, index) for index in range(3000)]
+    packed = PackedNames.of([names[:1000], [], names[1000:]])
+    assert [packed[index] for index in range(len(packed))] == names
+    assert len(pickle.dumps(packed)) < sum(map(len, names)) + 8 * len(names) + 1000
 
 
 @pytest.mark.parametrize("beside", [True, False])
@@ -137,30 +188,6 @@ def test_what_is_no_source(source: str):
         open_source(source)
     with pytest.raises(UserError, match="goes with folder:PATH only"):
         open_source("digits:train", labels="x")
-
-
-@pytest.mark.parametrize(
-    ("mode", "value", "expected"),
-    [
-        ("L", 200, (200, 200, 200)),
-        ("1", 1, (255, 255, 255)),
-        ("RGBA", (1, 2, 3, 0), (1, 2, 3)),
-        ("LA", (7, 9), (7, 7, 7)),
-        ("I;16", 257 * 100, (100, 100, 100)),
-    ],
-)
-def test_pictures_of_other_kinds_become_rgb(tmp_path: Path, mode: str, value, expected: tuple[int, int, int]):
-    Image.new(mode, (5, 4), value).save(tmp_path / "a.png")
-    picture = read_picture(tmp_path / "a.png")
-    assert (picture.shape, picture.dtype) == ((4, 5, 3), np.uint8)
-    assert (picture == expected).all()
-
-
-def test_cmyk_and_palette(tmp_path: Path):
-    Image.new("RGB", (8, 8), (250, 120, 10)).convert("CMYK").save(tmp_path / "a.jpg", quality=100)
-    assert np.abs(read_picture(tmp_path / "a.jpg").astype(int) - (250, 120, 10)).max() < 8
-    Image.new("RGB", (8, 8), (255, 0, 51)).convert("P").save(tmp_path / "a.gif")
-    assert (read_picture(tmp_path / "a.gif") == (255, 0, 51)).all()
 
 
 def test_digits():

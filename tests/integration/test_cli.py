@@ -1,5 +1,6 @@
 """The command line as users and scripts meet it: what bad input gets, and what each verb leaves and prints."""
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -162,6 +163,8 @@ def test_a_name_that_is_no_folder_name_is_refused(name, tiny, capsys):
         ["eval", "x", "--limit", "0"],
         ["eval", "x", "--workers", "-1"],
         ["data", "write", "digits:val", "x.beton", "--jpeg-quality", "101"],
+        ["data", "write", "digits:val", "x.beton", "--max-side", "65501"],
+        ["data", "write", "digits:val", "x.beton", "--on-error", "ignore"],
         ["train", "digits", "--workers", "two"],
         ["export", "x", "y", "--format", "tflite"],
     ],
@@ -350,6 +353,55 @@ def test_folders_are_written_and_checked(tmp_path, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert "val.beton: whole, 4 pictures of 2 classes" in out
     assert err == ""
+
+
+def test_unreadable_pictures_can_be_left_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_pictures(tmp_path / "set/ant", ["a.png", "b.png"])
+    write_pictures(tmp_path / "set/bee", ["a.png", "b.png"])
+    for name in ("ant/b.png", "bee/a.png"):
+        Path("set", name).write_bytes(b"no picture")
+    for processes in ("1", "2"):
+        arguments = ["data", "write", "folder:set", "x.beton", "--processes", processes]
+        assert ": not a readable picture: no picture format" in refusal(capsys, arguments)
+        assert main([*arguments, "--on-error", "skip", "--json"]) == 0
+        out, err = capsys.readouterr()
+        written = json.loads(out)
+        assert (written["num_samples"], written["class_counts"]) == (2, [1, 1])
+        assert [line.partition(":")[0] for line in written["skipped"]] == ["set/ant/b.png", "set/bee/a.png"]
+        assert err == ("x.beton: 2 of 4 pictures couldn't be read and were left out; x.manifest.json lists them\n")
+        assert main(["data", "check", "x.beton", "--deep"]) == 0
+        for path in ("x.beton", "x.manifest.json"):
+            Path(path).unlink()
+    for name in ("ant/a.png", "bee/b.png"):
+        Path("set", name).write_bytes(b"")
+    line = refusal(capsys, [*arguments, "--on-error", "skip"])
+    assert "folder:set: none of its pictures can be read; the first: set/ant/a.png: " in line
+
+
+def test_a_deep_check_decodes_every_picture(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_pictures(tmp_path / "set/ant", [f"{index}.png" for index in range(3)], side=140)
+    assert main(["data", "write", "folder:set", "x.beton"]) == 0
+    capsys.readouterr()
+    assert main(["data", "check", "x.beton", "--json"]) == 0
+    plain = capsys.readouterr().out
+    assert main(["data", "check", "x.beton", "--deep", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert (out, err) == (plain, "")
+    assert main(["data", "check", "x.beton", "--deep"]) == 0
+    assert "SHA-256 agrees, every picture decodes" in capsys.readouterr().out.replace("\n", " ")
+
+    content = bytearray(Path("x.beton").read_bytes())
+    second = content.index(b"\xff\xd8\xff", content.index(b"\xff\xd8\xff") + 1)
+    content[second : second + 64] = bytes(64)
+    Path("x.beton").write_bytes(content)
+    assert "x.beton: damaged: SHA-256" in refusal(capsys, ["data", "check", "x.beton", "--deep"])
+    # Broken before the hash was taken: only decoding tells.
+    manifest = json.loads(Path("x.manifest.json").read_text())
+    Path("x.manifest.json").write_text(json.dumps(manifest | {"sha256": hashlib.sha256(content).hexdigest()}))
+    assert main(["data", "check", "x.beton"]) == 0
+    assert "x.beton: 1 of 3 pictures are broken: 1; " in refusal(capsys, ["data", "check", "x.beton", "--deep"])
 
 
 def test_what_libraries_print_does_not_reach_stdout(finished, capsys, monkeypatch):
