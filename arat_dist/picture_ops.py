@@ -42,7 +42,7 @@ def saturation(pictures: Tensor, factor: Tensor) -> Tensor:
 
 
 def hue(pictures: Tensor, turns: Tensor) -> Tensor:
-    """The hue moved around the circle of HSV, in turns; rounded, where torchvision cuts off all but the brightest.
+    """The hue moved around the circle of HSV, in turns; rounded, where torchvision cuts off 1.0039 times the level.
 
     Back to RGB by a trapezoid a channel instead of six cases: value - chroma * clamp(min(k, 4 - k), 0, 1), k being the
     hue in sixths of a turn plus 5, 3, 1, modulo 6.

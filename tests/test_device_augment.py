@@ -151,11 +151,11 @@ def test_it_differs_by_seed_and_by_visit():
             assert (other != first).flatten(1).any(1).float().mean() > 0.5
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_groups_larger_than_one_call_are_cut(monkeypatch, threads):
-    torch.set_num_threads(threads)
-    images, keys = batch(60)
+def test_neither_threads_nor_the_size_of_a_call_change_a_picture(monkeypatch):
+    images, keys = batch(60, 40)
     whole = BOTH(images, keys)
+    torch.set_num_threads(2)
+    assert torch.equal(BOTH(images, keys), whole)
     monkeypatch.setattr("arat_dist.device_augment._num_at_once", lambda pictures: 3)
     assert torch.equal(BOTH(images, keys), whole)
 
