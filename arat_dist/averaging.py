@@ -99,8 +99,9 @@ def restate(objective: Objective, classifier: Classifier, recipe: Recipe, rank: 
     """Measure the statistics of an averaged net's BatchNorms anew: a mean of weights has statistics of its own.
 
     Every rank calls it and ends with the same ones: sums over `train.norm_samples` training pictures, cropped and
-    flipped as in training but not mixed, joined exactly over the ranks. The clean branch sees clean pictures, the adv
-    branch attacked ones; a net that isn't split sees of these what the method trains it on.
+    flipped as in training but neither mixed nor with RandAugment or colour jitter, joined exactly over the ranks. The
+    clean branch sees clean pictures, the adv branch attacked ones; a net that isn't split sees of these what the method
+    trains it on.
     """
     with norm_loader(recipe, rank) as (loader, shares), MeasuredNorms(classifier) as norms:
         for batch in loader.iterate(shares) if norms else ():

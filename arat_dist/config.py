@@ -80,6 +80,12 @@ class DataConfig(Section):
     """Range of the area of random_resized_crop, as a fraction of the picture's area."""
     flip: bool = True
     """Mirror half of the training pictures left to right."""
+    color_jitter: tuple[NonNegative, NonNegative, NonNegative, Annotated[Number, Field(ge=0, le=0.5)]] | None = None
+    """Brightness, contrast, saturation and hue (at most 0.5) by up to so much, in any order, as torchvision's
+    ColorJitter does it to training pictures; default: none."""
+    rand_augment: tuple[Count, Annotated[Number, Field(ge=0, le=10)]] | None = None
+    """RandAugment's operations a training picture and their magnitude, 0 to 10 (torchvision's bin over 3), such as
+    [2, 9]; after the jitter. Default: none."""
     val_crop: Annotated[Number, Field(gt=0, le=1)] | None = None
     """Side of the centre crop for validation, as a fraction of the shorter side; default: timm's for the net."""
     mixup: NonNegative = 0.0

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from arat_dist.data.loader import Batch
+from arat_dist.device_augment import DeviceAugment
 from arat_dist.engine import Engine, Rank
 from arat_dist.objectives.base import Output
 
@@ -62,15 +63,24 @@ def compute_gradients(
     raise AssertionError("unreachable")
 
 
-def micro_batches(batch: Batch, num_parts: int, global_size: int, rank: Rank) -> list[Batch]:
+def micro_batches(
+    batch: Batch, num_parts: int, global_size: int, rank: Rank, augment: DeviceAugment | None = None
+) -> list[Batch]:
     """A rank's share of a step on its device, cut between pairs into parts that differ by at most a pair.
 
     There are as many parts on every rank, since norms may be synchronised in each: fewer than `num_parts` where the
-    global batch of `global_size` samples is too small to give every part a pair.
+    global batch of `global_size` samples is too small to give every part a pair. What `augment` makes of the pictures
+    is what is trained on: mixed, attacked, and seen by every branch.
     """
     num_parts = min(num_parts, max(1, global_size // (2 * rank.world_size)))
-    tensors = [tensor.to(rank.device, non_blocking=True) for tensor in batch]
-    return [Batch(*parts) for parts in zip(*(t.split(part_sizes(len(t), num_parts)) for t in tensors), strict=True)]
+    sizes = part_sizes(len(batch.labels), num_parts)
+    tensors = [tensor.to(rank.device, non_blocking=True).split(sizes) for tensor in batch]
+    parts = [Batch(*tensors) for tensors in zip(*tensors, strict=True)]
+    if augment is None:
+        return parts
+    # The keys as the loader has them: the host chooses by them, and needn't wait for those on the device.
+    host_keys = batch.keys.split(sizes)
+    return [part._replace(images=augment(part.images, keys)) for part, keys in zip(parts, host_keys, strict=True)]
 
 
 def part_sizes(num_samples: int, num_parts: int) -> list[int]:

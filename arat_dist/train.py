@@ -19,6 +19,7 @@ from arat_dist.config import Recipe
 from arat_dist.data.loader import train_loader
 from arat_dist.data.manifest import Manifest, load_manifest
 from arat_dist.data.order import SampleOrder
+from arat_dist.device_augment import build_device_augment
 from arat_dist.diagnostics import branch_distance, gradient_conflict
 from arat_dist.engine import Engine, Rank, average_statistics, build_engine
 from arat_dist.evaluate import eval_config, evaluate
@@ -61,6 +62,7 @@ def train(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
     def inspect(out: Output, share: float) -> None:
         log.note(diagnose(objective, out.terms, share, rank))
 
+    augment = build_device_augment(recipe.data, settings.seed)
     objective.train()
     if settings.compile:
         full_share = order.share(0, rank.index, rank.world_size)
@@ -72,7 +74,7 @@ def train(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
             engine.set_lr(lr := learning_rate(recipe, order, step))
             objective.begin_step(order.epochs_after(step))
             with log.computing():
-                parts = micro_batches(batch, settings.micro_batches, global_size, rank)
+                parts = micro_batches(batch, settings.micro_batches, global_size, rank, augment)
                 reseed = partial(seed_step, settings.seed, step, rank)
                 look = inspect if is_due(done, recipe.track.diagnostics_every) else None
                 log.add(compute_gradients(engine, parts, rank.world_size / global_size, reseed, look))

@@ -90,6 +90,13 @@ def test_exponents_without_a_dot_are_numbers(recipe_file):
     assert recipe.model.args == {"drop_path_rate": 0.1, "act_layer": "relu"}
 
 
+def test_augmentation_is_off_unless_asked_for():
+    assert (parse_recipe(MINIMAL).data.color_jitter, parse_recipe(MINIMAL).data.rand_augment) == (None, None)
+    data = parse_recipe(tree_with(data__color_jitter=[0.4, "2/5", 0, 0.1], data__rand_augment=[2, "9/2"])).data
+    assert data.color_jitter == (0.4, 0.4, 0, 0.1)
+    assert data.rand_augment == (2, 4.5)
+
+
 def test_the_objective_picks_its_section():
     assert parse_recipe(MINIMAL).objective == ARATConfig(name="arat")
     assert parse_recipe(tree_with(objective__name="at")).objective == ATConfig(name="at")
@@ -243,6 +250,18 @@ def test_an_unknown_section():
         ({"eval__attack": "pgd"}, "eval.attack: 'pgd': "),
         ({"eval__attack": "apgd0"}, "eval.attack: 'apgd0': "),
         ({"data__val_crop": 0}, "data.val_crop: 0: "),
+        (
+            {"data__color_jitter": [0.4, 0.4, 0.4, 0.6]},
+            "data.color_jitter.3: 0.6: input should be less than or equal to",
+        ),
+        (
+            {"data__color_jitter": [-0.1, 0, 0, 0]},
+            "data.color_jitter.0: -0.1: input should be greater than or equal to 0",
+        ),
+        ({"data__color_jitter": 0.4}, "data.color_jitter: 0.4: input should be a list"),
+        ({"data__rand_augment": [2, 11]}, "data.rand_augment.1: 11: input should be less than or equal to 10"),
+        ({"data__rand_augment": [0, 9]}, "data.rand_augment.0: 0: input should be greater than or equal to 1"),
+        ({"data__rand_augment": [2]}, "data.rand_augment.1: missing"),
         ({"model__std": [0, 1, 1]}, "model.std.0: 0: input should be greater than 0"),
         ({"model__mean": [0.5, 0.5]}, "model.mean.2: missing"),
         ({"model__args": 3}, "model.args: 3: a section with keys below it would be right"),

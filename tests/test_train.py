@@ -15,6 +15,7 @@ from arat_dist.checkpoint import Checkpoint, checkpoint_names, load_checkpoint, 
 from arat_dist.config import Recipe
 from arat_dist.data.manifest import load_manifest
 from arat_dist.engine import DDPEngine, Rank, build_engine
+from arat_dist.evaluate import eval_config, evaluate
 from arat_dist.objectives import build_objective
 from arat_dist.optim import lr_at
 from arat_dist.run import Run
@@ -90,6 +91,11 @@ CASES: dict[str, dict[str, Any]] = {
         "model": {"name": "cifar_resnet18", "args": {"channels": [8, 8, 8, 8], "drop_path_rate": 0.2}},
         "train": {"checkpoint_every": 4, "precision": "fp16", "micro_batches": 2, "grad_checkpointing": True},
     },
+    "at, randaugment, jitter, mixup": {
+        "objective": {"name": "at"},
+        "data": {"rand_augment": [2, 9], "color_jitter": [0.4, 0.4, 0.4, 0.1], "mixup": 0.5},
+        "train": {"checkpoint_every": 4, "swa_start_epoch": 1, "swa_every": 3},
+    },
 }
 
 
@@ -133,6 +139,21 @@ def test_dropout_is_on_and_differs_between_steps(sets: Sets, tmp_path):
         run, _ = start(toy_recipe(sets, **{**case, "model": model, "train": {"max_steps": 1}}), tmp_path, name)
         losses.append(run.metrics()[0]["loss"])
     assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("keys", [{"rand_augment": [2, 9]}, {"color_jitter": [0.4, 0.4, 0.4, 0.1]}])
+def test_augmentation_on_the_device_reaches_the_net(sets: Sets, tmp_path, keys):
+    """And changes neither the loader's pictures nor the evaluation of the same weights."""
+    losses, scores = [], []
+    for name, data in (("with", keys), ("without", {})):
+        recipe = toy_recipe(sets, objective={"name": "standard"}, data=data, train={"max_steps": 1, "log_every": 1})
+        run, summary = start(recipe, tmp_path, name)
+        losses.append(run.metrics()[0]["loss"])
+        torch.manual_seed(0)
+        scores.append(evaluate(build_objective(recipe).classifier, recipe.data, eval_config(recipe), RANK))
+        assert summary["samples_seen"] == 8
+    assert losses[0] != losses[1]
+    assert scores[0] == scores[1]
 
 
 def test_going_on_with_a_finished_run_only_evaluates(sets: Sets, tmp_path):
