@@ -38,6 +38,13 @@ def _scientific(value: object) -> object:
     return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value) else value
 
 
+def _absolute(value: str) -> str:
+    """Refuse a folder that would be another one in each process."""
+    if not value.startswith("/"):
+        raise ValueError("an absolute path would be right: every machine makes this folder on a disk of its own")
+    return value
+
+
 def _attack_name(value: str) -> str:
     """Refuse what is neither "none" nor "pgdN", "apgd" or "apgdN"."""
     if not re.fullmatch(r"none|pgd[1-9][0-9]{0,3}|apgd([1-9][0-9]{0,3})?", value):
@@ -88,6 +95,9 @@ class DataConfig(Section):
     """Training pictures get a patch of their partner's, labels by area; alpha, 0: off. With mixup: half and half."""
     loader_threads: Count = 1
     """Decoding threads of each worker."""
+    stage_to: Annotated[str, AfterValidator(_absolute)] | None = None
+    """Folder on a disk of each machine: both sets are copied there once a machine, their SHA-256 checked, before
+    training; `arat eval` with workers copies val. Copies stay. Default: read in place."""
 
 
 class ModelConfig(Section):

@@ -19,6 +19,7 @@ from arat_dist.config import Recipe
 from arat_dist.data.loader import train_loader
 from arat_dist.data.manifest import Manifest, load_manifest
 from arat_dist.data.order import SampleOrder
+from arat_dist.data.staging import stage_data
 from arat_dist.diagnostics import branch_distance, gradient_conflict
 from arat_dist.engine import Engine, Rank, average_statistics, build_engine
 from arat_dist.evaluate import eval_config, evaluate
@@ -41,6 +42,7 @@ def train(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
     Every rank calls it; the first one writes the run's files. Returns the training's part of the summary.
     """
     settings = recipe.train
+    stage_data(recipe.data)
     torch.manual_seed(settings.seed)
     order = sample_order(recipe)
     checkpoint = load_newest(run.checkpoints)

@@ -19,6 +19,7 @@ import torch
 
 from arat_dist.checkpoint import checkpoint_names
 from arat_dist.config import ARRESTConfig, AttackConfig, ClusterConfig, LBGATConfig, ModelConfig, Recipe, StandardConfig
+from arat_dist.data import staging
 from arat_dist.data.manifest import load_manifest
 from arat_dist.engine import Rank
 from arat_dist.errors import UserError, WorkersError
@@ -270,6 +271,8 @@ def _on_worker(work: Callable[[Rank], T], num_threads: int) -> T | FloatingPoint
     # Ray's own handler takes it to the driver's stderr; what all ranks would say, the first one says.
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("arat_dist").setLevel(logging.INFO if context.get_world_rank() == 0 else logging.WARNING)
+    # Any worker of a machine may be the one that copies.
+    logging.getLogger(staging.__name__).setLevel(logging.INFO)
     assert isinstance(device, torch.device)
     rank = Rank(context.get_world_rank(), context.get_world_size(), device)
     try:

@@ -522,6 +522,8 @@ def test_another_attack_takes_no_step_from_the_one_before(recipe_file, caplog):
         ({"attack__loss": "dlr", "data__num_classes": 2}, "attack.loss: dlr: needs 3 classes"),
         ({"attack__steps_from": [[3, 2], [1, 3]]}, "attack.steps_from: [[3.0, 2], [1.0, 3]]: ascending epochs"),
         ({"attack__steps_from": [[10, 2]]}, "attack.steps_from: [[10.0, 2]]: epochs below train.epochs (10)"),
+        ({"data__stage_to": "local"}, "data.stage_to: 'local': an absolute path would be right"),
+        ({"data__stage_to": "s3://bucket/x"}, "data.stage_to: 's3://bucket/x': an absolute path would be right"),
         ({"attack__eps_warmup_epochs": 10}, "attack.eps_warmup_epochs: 10: less than train.epochs (10)"),
         ({"attack__loss": "kl", "attack__start": "none"}, "attack.start: none: KL from the clean prediction"),
         ({"objective__name": "trades", "attack__start": "none"}, "attack.start: none: KL from the clean prediction"),

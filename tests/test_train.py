@@ -3,6 +3,7 @@
 import logging
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from toys import Sets, toy_batch, toy_recipe
 from arat_dist.averaging import restate
 from arat_dist.checkpoint import Checkpoint, checkpoint_names, load_checkpoint, load_newest
 from arat_dist.config import Recipe
+from arat_dist.data.beton import BetonLoader
 from arat_dist.data.manifest import load_manifest
 from arat_dist.engine import DDPEngine, Rank, build_engine
 from arat_dist.objectives import build_objective
@@ -363,6 +365,27 @@ def test_the_average_that_a_run_ends_with_has_its_own_statistics(sets: Sets, tmp
     for name, value in objective.classifier.state_dict().items():
         torch.testing.assert_close(value, saved[name], msg=lambda m, n=name: f"{n}: {m}")
     assert any("clean.running_mean" in name and value.any() for name, value in saved.items())
+
+
+def test_a_run_on_copies_reads_nothing_else_and_is_the_same(sets: Sets, tmp_path, monkeypatch):
+    opened: list[Path] = []
+
+    class Recording(BetonLoader):
+        def __init__(self, path: Any, **settings: Any):
+            opened.append(Path(path))
+            super().__init__(path, **settings)
+
+    monkeypatch.setattr("arat_dist.data.beton.BetonLoader", Recording)
+    averages = {"swa_start_epoch": 1, "swa_every": 2}
+    in_place, before = start(toy_recipe(sets, train=averages), tmp_path, "in place")
+    assert [str(path) for path in opened] == [sets.train, sets.train, sets.val]  # steps, norm statistics, evaluation
+    opened.clear()
+    local = tmp_path / "local"
+    staged, after = start(toy_recipe(sets, train=averages, data={"stage_to": str(local)}), tmp_path, "staged")
+    hashes = [load_manifest(path).sha256 for path in (sets.train, sets.train, sets.val)]
+    assert opened == [local / f"{sha256}.beton" for sha256 in hashes]
+    assert_equal(newest(staged), newest(in_place))
+    assert after["robust_accuracy"] == before["robust_accuracy"]
 
 
 def test_ranks_compare_what_they_found_before_the_first_step(sets: Sets, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 from torch import Tensor
 
 from arat_dist.data.manifest import check_augment, load_manifest
+from arat_dist.data.staging import local_beton
 
 if TYPE_CHECKING:
     from arat_dist.config import DataConfig
@@ -61,14 +62,15 @@ def train_loader(data: DataConfig, seed: int, max_share: int) -> Loader:
         max_share: pictures of the largest batch that this rank gets (`SampleOrder.largest_share`).
 
     Raises:
-        UserError: the manifest is missing, or the pictures don't fit data.augment.
+        UserError: the manifest is missing, the pictures don't fit data.augment, or they can't be copied to
+            data.stage_to.
     """
     # ffcv, numba and opencv take about a second to import: only who loads pictures pays.
     from arat_dist.data.beton import BetonLoader
 
     check_augment(data, load_manifest(data.train))
     return BetonLoader(
-        data.train,
+        local_beton(data.train, data.stage_to),
         batch_size=max_share,
         image_size=data.image_size,
         augment=data.augment,
@@ -82,11 +84,15 @@ def train_loader(data: DataConfig, seed: int, max_share: int) -> Loader:
 
 
 def val_loader(data: DataConfig, batch_size: int) -> Loader:
-    """Validation pictures: the centre crop, nothing random. Keys are indices (`eval_shares`)."""
+    """Validation pictures: the centre crop, nothing random. Keys are indices (`eval_shares`).
+
+    Raises:
+        UserError: the pictures can't be read, or not be copied to data.stage_to.
+    """
     from arat_dist.data.beton import BetonLoader
 
     return BetonLoader(
-        data.val,
+        local_beton(data.val, data.stage_to),
         batch_size=batch_size,
         image_size=data.image_size,
         val_crop=data.val_crop,
