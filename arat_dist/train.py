@@ -64,9 +64,11 @@ def train(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
     objective.train()
     if settings.compile:
         full_share = order.share(0, rank.index, rank.world_size)
-        objective.compile_backbones(set(part_sizes(len(full_share), settings.micro_batches)))
+        sizes = set(part_sizes(len(full_share), settings.micro_batches))
+        objective.compile_backbones(sizes, num_sides=len(recipe.data.training_sizes))
     with train_loader(recipe.data, settings.seed, order.largest_share(rank.world_size)) as loader:
-        batches = loader.iterate(order.shares(rank.index, rank.world_size, start, stop))
+        shares = order.shares(rank.index, rank.world_size, start, stop)
+        batches = loader.iterate(shares, lambda at: image_size(recipe, order, start + at))
         for step, batch in enumerate(log.waiting(batches), start):
             done, global_size = step + 1, order.batch_size_at(step)
             engine.set_lr(lr := learning_rate(recipe, order, step))
@@ -126,6 +128,11 @@ def learning_rate(recipe: Recipe, order: SampleOrder, step: int) -> float:
         batch_size=order.batch_size,
         epochs=recipe.train.epochs,
     )
+
+
+def image_size(recipe: Recipe, order: SampleOrder, step: int) -> int:
+    """Side of the pictures of one step of the run, in pixels."""
+    return recipe.data.image_size_at(order.epochs_after(step))
 
 
 def seed_step(seed: int, step: int, rank: Rank) -> None:

@@ -117,6 +117,7 @@ def clean_recipe(recipe: Recipe, objective: ARRESTConfig) -> Recipe:
     """The same net, data and optimizer on clean pictures, as long as the objective says; schedules in proportion."""
     share = objective.clean_epochs / recipe.train.epochs
     milestones = tuple(share * milestone for milestone in recipe.optim.milestones)
+    sizes = tuple((share * begin, side) for begin, side in recipe.data.image_sizes_from)
     schedule = {"milestones": milestones, "warmup_epochs": share * recipe.optim.warmup_epochs}
     length = {"epochs": objective.clean_epochs, "ema_decay": None, "swa_start_epoch": None}
     return recipe.model_copy(
@@ -125,6 +126,7 @@ def clean_recipe(recipe: Recipe, objective: ARRESTConfig) -> Recipe:
             "attack": AttackConfig(norm=recipe.attack.norm, eps=recipe.attack.eps),
             "optim": recipe.optim.model_copy(update=schedule),
             "train": recipe.train.model_copy(update=length),
+            "data": recipe.data.model_copy(update={"image_sizes_from": sizes}),
         }
     )
 

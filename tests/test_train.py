@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from toys import Sets, toy_batch, toy_recipe
+from toys import Sets, toy_batch, toy_classifier, toy_recipe, toy_setting
 
 from arat_dist.averaging import restate
 from arat_dist.checkpoint import Checkpoint, checkpoint_names, load_checkpoint, load_newest
@@ -18,6 +18,8 @@ from arat_dist.data.beton import BetonLoader
 from arat_dist.data.manifest import load_manifest
 from arat_dist.engine import DDPEngine, Rank, build_engine
 from arat_dist.objectives import build_objective
+from arat_dist.objectives.at import AT
+from arat_dist.objectives.base import Objective, Output
 from arat_dist.optim import lr_at
 from arat_dist.run import Run
 from arat_dist.train import MetricsLog, check_agreement, num_steps, sample_order, save, train
@@ -91,6 +93,11 @@ CASES: dict[str, dict[str, Any]] = {
     "arat, fp16, in parts, stages run twice": {
         "model": {"name": "cifar_resnet18", "args": {"channels": [8, 8, 8, 8], "drop_path_rate": 0.2}},
         "train": {"checkpoint_every": 4, "precision": "fp16", "micro_batches": 2, "grad_checkpointing": True},
+    },
+    # The checkpoint after step 8 lies within the second size, the crash after step 10 within the third.
+    "arat, ema, sizes of pictures": {
+        "data": {"augment": "random_resized_crop", "image_sizes_from": [[0, 12], [1, 20], [1.8, 24], [2.5, 12]]},
+        "train": {"ema_decay": 0.8, "checkpoint_every": 4, "log_every": 3},
     },
 }
 
@@ -226,6 +233,51 @@ def test_a_run_in_parts_sees_every_sample_once(sets: Sets, tmp_path):
     first, other = whole.metrics()[0], parts.metrics()[0]
     assert other["loss"] == pytest.approx(first["loss"], rel=1e-3)
     assert other["gradient_norm"] == pytest.approx(first["gradient_norm"], rel=1e-2)
+
+
+def test_sizes_of_pictures_follow_their_course_and_change_no_order(sets: Sets, tmp_path, monkeypatch):
+    seen: list[tuple[int, list[int]]] = []
+    forward = Objective.forward
+
+    def watching(self: Objective, images: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor) -> Output:
+        seen.append((images.shape[2], keys.tolist()))
+        assert images.shape == (len(keys), 3, images.shape[2], images.shape[2])
+        return forward(self, images, labels, keys)
+
+    monkeypatch.setattr(Objective, "forward", watching)
+    crop = {"augment": "random_resized_crop"}
+    start(toy_recipe(sets, data=crop), tmp_path, "plain")
+    plain = seen.copy()
+    seen.clear()
+    start(toy_recipe(sets, data=crop | {"image_sizes_from": [[1, 12], [1.8, 24], [2.5, 12]]}), tmp_path, "course")
+    assert [side for side, _ in plain] == [16] * NUM_STEPS
+    # Epochs are 5.5 steps long: 1 is amid step 5, 1.8 amid 9, 2.5 amid 13.
+    assert [side for side, _ in seen] == [16] * 6 + [12] * 4 + [24] * 4 + [12] * 3
+    assert [keys for _, keys in seen] == [keys for _, keys in plain]
+
+
+def test_each_size_of_pictures_is_compiled_once(monkeypatch):
+    """More graphs than are kept for one size, and none anew at the return to an earlier one."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compile_(f, backend="aot_eager", **kwargs))
+    torch._dynamo.reset()
+    counters.clear()
+    objective = AT(toy_classifier(split=False).float(), toy_setting(AT, steps=1)).train()
+    sides = list(range(8, 17))
+    with torch._dynamo.config.patch(recompile_limit=8):  # torch's own, which importing timm.optim lifts
+        objective.compile_backbones({4}, num_sides=len(sides))
+        for side in [*sides, *sides[:3]]:
+            objective(*toy_batch(4, side=side)).loss.backward()
+    assert counters["stats"]["unique_graphs"] == 2 * len(sides)  # the attack's pass and the training's
+    torch._dynamo.reset()
+
+
+def test_a_run_makes_room_for_the_graphs_of_all_its_sizes(sets: Sets, tmp_path, monkeypatch):
+    asked: list[tuple[set[int], int]] = []
+    monkeypatch.setattr(Objective, "compile_backbones", lambda self, sizes, num_sides: asked.append((sizes, num_sides)))
+    data = {"augment": "random_resized_crop", "image_sizes_from": [[1, 12], [2, 20]]}
+    start(toy_recipe(sets, data=data, train={"compile": True, "max_steps": 1}), tmp_path)
+    assert asked == [({8}, 3)]
 
 
 def test_a_compiled_run_begins_as_an_eager_one(sets: Sets, tmp_path, monkeypatch):

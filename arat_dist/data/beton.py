@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -327,19 +327,27 @@ class _LabelDecoder(IntDecoder):
         return decode
 
 
+_Cut = tuple[Callable[..., None], tuple[object, ...]]
+"""A kernel that decodes and crops, and what it takes behind the table."""
+
+
 class _PictureDecoder(SimpleRGBImageDecoder):
-    """Pictures by key, cropped by one of the kernels.
+    """Pictures by key, cropped by the kernel of their side.
 
     Its memory is the pictures uint8 [B,side,side,3] and whether each was readable, uint8 [B,1].
+
+    Args:
+        kernels: for each side in pixels, what fills the memory.
+        table: where each picture lies, int64 [N,5].
     """
 
-    def __init__(self, kernel: Callable[..., None], side: int, table: NDArray[np.int64], *settings: object) -> None:
+    def __init__(self, kernels: Mapping[int, _Cut], table: NDArray[np.int64]) -> None:
         super().__init__()
-        self._kernel, self._side, self._table, self._settings = kernel, side, table, settings
+        self._kernels, self._table = kernels, table
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, Any]:
-        """Shape of what comes out, and the memory for it."""
-        shape, dtype = (self._side, self._side, 3), np.dtype("u1")
+        """Shape of the largest pictures that come out, and the memory for them."""
+        shape, dtype = (max(self._kernels), max(self._kernels), 3), np.dtype("u1")
         state = replace(previous_state, jit_mode=True, shape=shape, dtype=dtype)
         return state, (AllocationQuery(shape, dtype), AllocationQuery((1,), dtype))
 
@@ -348,7 +356,8 @@ class _PictureDecoder(SimpleRGBImageDecoder):
 
         def decode(keys: Keys, memory: Any, _: object, storage_state: Any) -> Any:
             pictures, readable = memory
-            self._kernel(keys, pictures, readable, storage_state[0], self._table, *self._settings)
+            kernel, settings = self._kernels[pictures.shape[1]]
+            kernel(keys, pictures, readable, storage_state[0], self._table, *settings)
             return pictures
 
         return decode
@@ -371,6 +380,7 @@ class BetonLoader:
         crop_scale: tuple[float, float] = (0.08, 1.0),
         flip: bool = False,
         val_crop: float = 1.0,
+        sides: Collection[int] = (),
         seed: int = 0,
         threads: int = 1,
     ) -> None:
@@ -386,6 +396,7 @@ class BetonLoader:
             crop_scale: range of the area of random_resized_crop, as a fraction of the picture's.
             flip: mirror half of the visits left to right.
             val_crop: side of the centre of `none`, as a fraction of the shorter side.
+            sides: further sides that `iterate` may be asked for, in pixels; not with pad_crop.
             seed: fixes crops and flips together with the keys.
             threads: threads that decode.
 
@@ -400,13 +411,15 @@ class BetonLoader:
                 f"{self.path}: pad_crop needs pictures of {image_size}x{image_size} (data.image_size); "
                 "data.augment: random_resized_crop would be right"
             )
+        assert augment != "pad_crop" or set(sides) <= {image_size}
+        # Pictures that are taken whole at image_size are so at other sizes.
+        box = augment == "random_resized_crop", *map(float, crop_scale), 1.0 if fits else float(val_crop)
+        cuts: Mapping[int, _Cut] = dict.fromkeys({image_size, *sides}, (kernels.decode_boxes, (seed, flip, *box)))
         if fits and augment != "random_resized_crop":
             border = padding if augment == "pad_crop" else 0
-            decoder = _PictureDecoder(kernels.decode_shifted, image_size, table, seed, flip, border)
-        else:
-            areas = float(crop_scale[0]), float(crop_scale[1])
-            box = augment == "random_resized_crop", *areas, float(val_crop)
-            decoder = _PictureDecoder(kernels.decode_boxes, image_size, table, seed, flip, *box)
+            cuts = {**cuts, image_size: (kernels.decode_shifted, (seed, flip, border))}
+        decoder = _PictureDecoder(cuts, table)
+        self._image_size = image_size
         self._num_samples = len(table)
         self._metadata = reader.metadata
         self._graph, self._run = _join_decoders(reader, {"image": decoder, "label": _LabelDecoder()})
@@ -419,11 +432,12 @@ class BetonLoader:
         """Pictures in the set."""
         return self._num_samples
 
-    def iterate(self, shares: Sequence[Keys]) -> Iterator[Batch]:
+    def iterate(self, shares: Sequence[Keys], side_at: Callable[[int], int] | None = None) -> Iterator[Batch]:
         """Batches in the order of `shares`: the i-th holds exactly the keys int64 [B] of shares[i].
 
-        Shares are asked for one by one, a few batches ahead. Images and labels lie in a ring of buffers: see `Batch`.
-        Leaving the loop early stops the thread.
+        Its pictures have the side side_at(i), in pixels, by default image_size; where that changes, the thread goes on
+        in the same buffers. Shares are asked for one by one, a few batches ahead. Images and labels lie in a ring of
+        buffers: see `Batch`. Leaving the loop early stops the thread.
 
         Raises:
             UserError: a picture can't be decoded.
@@ -431,7 +445,7 @@ class BetonLoader:
         """
         # Pinned where there is a GPU, and so allocated in this thread, whose current device is the right one.
         memory = self._graph.allocate_memory(self.batch_size, NUM_SLOTS)["operation"]
-        producer = Producer(partial(self._fill, memory), shares)
+        producer = Producer(partial(self._fill, memory, side_at or (lambda _: self._image_size)), shares)
         self._producers.add(producer)
         try:
             yield from producer.batches()
@@ -454,28 +468,31 @@ class BetonLoader:
         """Close it."""
         self.close()
 
-    def _fill(self, memory: dict[int, Any], keys: Keys, slot: int) -> Batch:
-        """Decode the pictures of `keys` into a slot of the ring, a part on each thread."""
-        count = len(keys)
+    def _fill(self, memory: dict[int, Any], side_at: Callable[[int], int], at: int, keys: Keys, slot: int) -> Batch:
+        """Decode the pictures of `keys`, the share at a position, into a slot of the ring, a part on each thread."""
+        count, side = len(keys), side_at(at)
         if count > self.batch_size:
             raise ValueError(f"a share of {count} pictures: the loader's batch_size is {self.batch_size}")
         # Parts smaller than one a thread: pictures differ in size.
         length = count if self._num_threads == 1 else -(-count // (4 * self._num_threads))
         parts = [slice(start, min(start + length, count)) for start in range(0, count, max(1, length))]
-        run = partial(self._decode, memory, keys, slot)
+        (picture_node, (pictures, readable)), (label_node, labels) = memory.items()
+        # The slot holds the largest pictures: smaller ones lie at its beginning.
+        pictures = pictures[slot].reshape(-1)[: count * side * side * 3].reshape(count, side, side, 3)
+        readable, labels = readable[slot][:count], labels[slot][:count]
+        run = partial(self._decode, {picture_node: (pictures, readable), label_node: labels}, keys)
         list(map(run, parts) if self._num_threads == 1 else self._pool.map(run, parts))
-        (pictures, readable), labels = memory.values()
-        if not readable[slot][:count].all():
-            index = int(keys[np.flatnonzero(readable[slot][:count] == 0)[0]] % self.num_samples)
+        if not readable.all():
+            index = int(keys[np.flatnonzero(readable == 0)[0]] % self.num_samples)
             raise UserError(f"{self.path}: picture {index} can't be decoded; write it again with `arat data write`")
-        images = torch.from_numpy(pictures[slot][:count]).permute(0, 3, 1, 2)
-        return Batch(images, torch.from_numpy(labels[slot][:count, 0]), torch.from_numpy(keys))
+        images = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+        return Batch(images, torch.from_numpy(labels[:, 0]), torch.from_numpy(keys))
 
-    def _decode(self, memory: dict[int, Any], keys: Keys, slot: int, part: slice) -> None:
-        """Run FFCV's pipelines on a part of the keys."""
+    def _decode(self, memory: dict[int, Any], keys: Keys, part: slice) -> None:
+        """Run FFCV's pipelines on a part of the keys, with the memory for all of them."""
 
         def cut(buffer: Any) -> Any:
-            return tuple(cut(each) for each in buffer) if isinstance(buffer, tuple) else buffer[slot][part]
+            return tuple(cut(each) for each in buffer) if isinstance(buffer, tuple) else buffer[part]
 
         self._run(
             batch_indices=keys[part],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
@@ -39,8 +39,11 @@ class Loader(Protocol):
         """Pictures in the set."""
         ...
 
-    def iterate(self, shares: Sequence[Keys]) -> Iterator[Batch]:
-        """Batches in the order of `shares`: the i-th holds exactly the keys int64 [B] of shares[i]."""
+    def iterate(self, shares: Sequence[Keys], side_at: Callable[[int], int] | None = None) -> Iterator[Batch]:
+        """Batches in the order of `shares`: the i-th holds exactly the keys int64 [B] of shares[i].
+
+        Its pictures have the side side_at(i), in pixels; by default, the loader's own.
+        """
         ...
 
     def close(self) -> None:
@@ -78,6 +81,7 @@ def train_loader(data: DataConfig, seed: int, max_share: int) -> Loader:
         crop_scale=data.crop_scale,
         flip=data.flip,
         val_crop=data.val_crop,
+        sides=data.training_sizes,
         seed=seed,
         threads=data.loader_threads,
     )
