@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat
+
+T = TypeVar("T")
 
 
 def _fraction(value: object) -> object:
@@ -38,6 +40,13 @@ def _scientific(value: object) -> object:
     return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value) else value
 
 
+def _absolute(value: str) -> str:
+    """Refuse a folder that would be another one in each process."""
+    if not value.startswith("/"):
+        raise ValueError("an absolute path would be right: every machine makes this folder on a disk of its own")
+    return value
+
+
 def _attack_name(value: str) -> str:
     """Refuse what is neither "none" nor "pgdN", "apgd" or "apgdN"."""
     if not re.fullmatch(r"none|pgd[1-9][0-9]{0,3}|apgd([1-9][0-9]{0,3})?", value):
@@ -52,7 +61,14 @@ NonNegative = Annotated[Number, Field(ge=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 Decay = Annotated[Number, Field(ge=0, lt=1)]
 Count = Annotated[Integer, Field(ge=1)]
+Side = Annotated[Integer, Field(ge=8)]
 Triple = tuple[Number, Number, Number]
+
+
+def last_begun(pairs: tuple[tuple[float, T], ...], epoch: float, before: T) -> T:
+    """Value of the last of some pairs of an epoch and a value, ascending, that has begun; until the first, `before`."""
+    begun = [value for begin, value in pairs if epoch >= begin]
+    return begun[-1] if begun else before
 
 
 class Section(BaseModel):
@@ -72,6 +88,9 @@ class DataConfig(Section):
     """Number of classes; must agree with both manifests."""
     image_size: Count
     """Side of the square picture that the net sees, in pixels."""
+    image_sizes_from: tuple[tuple[NonNegative, Side], ...] = ()
+    """Pairs of an epoch and the side of training pictures from its beginning on, in pixels; before the first pair, in
+    evaluations and in the exported net, `image_size`."""
     augment: Literal["none", "pad_crop", "random_resized_crop"] = "none"
     """Training crop: none (centre), pad_crop (CIFAR), random_resized_crop (ImageNet)."""
     padding: Annotated[Integer, Field(ge=0)] = 4
@@ -100,6 +119,19 @@ class DataConfig(Section):
     """Pictures that lie together on a slow disk and are read at about the same time; 1: a full shuffle."""
     shuffle_window: Count = 256
     """Blocks whose pictures are mixed with each other, where shuffle_block is above 1."""
+    stage_to: Annotated[str, AfterValidator(_absolute)] | None = None
+    """Folder on a disk of each machine: both sets are copied there once a machine, their SHA-256 checked, before
+    training; `arat eval` with workers copies val. Copies stay. Default: read in place."""
+
+    def image_size_at(self, epoch: float) -> int:
+        """Side of the training pictures of a step that begins at an epoch, counted from 0, in parts of one."""
+        return last_begun(self.image_sizes_from, epoch, self.image_size)
+
+    @property
+    def training_sizes(self) -> list[int]:
+        """Every side of training pictures, ascending, in pixels."""
+        first = self.image_size_at(0)
+        return sorted({first, *(side for _, side in self.image_sizes_from)})
 
 
 class ModelConfig(Section):

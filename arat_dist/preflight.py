@@ -5,16 +5,19 @@ from __future__ import annotations
 import torch
 
 from arat_dist.averaging import swa_first_step
-from arat_dist.config import ClusterConfig, Recipe
+from arat_dist.config import ClusterConfig, DataConfig, Recipe
 from arat_dist.data.manifest import check_data
 from arat_dist.engine import check_engine
 from arat_dist.errors import UserError
+from arat_dist.models.backbone import pretrained_cfg
+from arat_dist.models.classifier import Classifier, check_side
 from arat_dist.objectives import build_objective
+from arat_dist.objectives.base import Objective
 from arat_dist.train import num_steps, sample_order
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Check the data, the share of each rank, the machine, and that the net gives what the objective asks.
+    """Check the data, the share of each rank, the machine, and that the net takes and gives what it should.
 
     Weights that timm has to download are downloaded here, once, before workers ask for them.
 
@@ -28,7 +31,23 @@ def check_recipe(recipe: Recipe) -> None:
     check_gpus(recipe.cluster)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)  # the very weights that training starts from
-        build_objective(recipe)
+        check_image_sizes(build_objective(recipe), recipe.data)
+
+
+def check_image_sizes(objective: Objective, data: DataConfig) -> None:
+    """Refuse sizes of training pictures beside data.image_size that one of the nets can't take (UserError)."""
+    pairs = [list(pair) for pair in data.image_sizes_from]
+    for net in objective.modules() if pairs else ():
+        if isinstance(net, Classifier):
+            cfg = pretrained_cfg(net.backbone)
+            name = cfg.get("architecture", type(net.backbone).__name__)
+            if cfg.get("fixed_input_size") and not getattr(net.backbone, "dynamic_img_size", False):
+                raise UserError(
+                    f"data.image_sizes_from: {pairs}: {name} is built for pictures of one size; data.image_size alone, "
+                    "or another model.name, would be right"
+                )
+            for side in data.training_sizes:
+                check_side(net, name, side, "data.image_sizes_from")
 
 
 def check_averages(recipe: Recipe) -> None:

@@ -11,21 +11,21 @@ from arat_dist.errors import UserError
 
 def check_fields(recipe: Recipe, source: str) -> None:
     """Refuse keys that don't go together (UserError); `source` names the recipe."""
-    faults = (_radius, _attack, _attack_course, _loss, _data, _starts, _optim, _step, _train)
+    faults = (_radius, _attack, _attack_course, _loss, _data, _image_sizes, _starts, _optim, _step, _train)
     for message in chain.from_iterable(find(recipe) for find in faults):
         raise UserError(f"{source}: {message}")
 
 
 def _radius(recipe: Recipe) -> Iterator[str]:
     attack, evaluation = recipe.attack, recipe.eval
-    largest = {"linf": 1, "l1": 3 * recipe.data.image_size**2}
-    hints = {"linf": "at most 1 (8/255 is usual)", "l1": f"at most 3*image_size^2 ({largest['l1']})"}
-    radii = {"attack.eps": (attack.norm, attack.eps)}
+    radii = [("attack.eps", attack.norm, attack.eps, recipe.data.training_sizes[0])]
     if evaluation.eps is not None:
-        radii["eval.eps"] = (evaluation.norm or attack.norm, evaluation.eps)
-    for key, (norm, eps) in radii.items():
-        if norm in largest and eps > largest[norm]:
-            yield f"{key}: {eps:g}: pixels are in [0,1], so {norm} eps is {hints[norm]}"
+        radii.append(("eval.eps", evaluation.norm or attack.norm, evaluation.eps, recipe.data.image_size))
+    for key, norm, eps, side in radii:
+        if norm == "linf" and eps > 1:
+            yield f"{key}: {eps:g}: pixels are in [0,1], so linf eps is at most 1 (8/255 is usual)"
+        if norm == "l1" and eps > 3 * side**2:
+            yield f"{key}: {eps:g}: pixels are in [0,1], so l1 eps is at most 3*image_size^2 ({3 * side**2})"
     if evaluation.norm not in (None, attack.norm) and evaluation.eps is None:
         yield f"eval.norm: {evaluation.norm}: give eval.eps too, attack.eps is a radius in {attack.norm}"
 
@@ -44,13 +44,18 @@ def _attack(recipe: Recipe) -> Iterator[str]:
 
 def _attack_course(recipe: Recipe) -> Iterator[str]:
     attack, epochs = recipe.attack, recipe.train.epochs
-    begins, pairs = [epoch for epoch, _ in attack.steps_from], [list(pair) for pair in attack.steps_from]
-    if begins != sorted(set(begins)):
-        yield f"attack.steps_from: {pairs}: ascending epochs"
-    if any(epoch >= epochs for epoch in begins):
-        yield f"attack.steps_from: {pairs}: epochs below train.epochs ({epochs})"
+    yield from _course("attack.steps_from", attack.steps_from, epochs)
     if attack.eps_warmup_epochs >= epochs:
         yield f"attack.eps_warmup_epochs: {attack.eps_warmup_epochs:g}: less than train.epochs ({epochs})"
+
+
+def _course(key: str, course: tuple[tuple[float, int], ...], epochs: int) -> Iterator[str]:
+    """Faults of pairs of an epoch and what holds from its beginning on."""
+    begins, pairs = [epoch for epoch, _ in course], [list(pair) for pair in course]
+    if begins != sorted(set(begins)):
+        yield f"{key}: {pairs}: ascending epochs"
+    if any(epoch >= epochs for epoch in begins):
+        yield f"{key}: {pairs}: epochs below train.epochs ({epochs})"
 
 
 def _loss(recipe: Recipe) -> Iterator[str]:
@@ -75,6 +80,17 @@ def _data(recipe: Recipe) -> Iterator[str]:
         yield f"data.padding: {data.padding}: at most half of data.image_size ({data.image_size})"
     if not 0 < data.crop_scale[0] <= data.crop_scale[1]:
         yield f"data.crop_scale: {list(data.crop_scale)}: two fractions, the smaller first and above 0"
+
+
+def _image_sizes(recipe: Recipe) -> Iterator[str]:
+    data = recipe.data
+    yield from _course("data.image_sizes_from", data.image_sizes_from, recipe.train.epochs)
+    if data.image_sizes_from and data.augment == "pad_crop":
+        pairs = [list(pair) for pair in data.image_sizes_from]
+        yield (
+            f"data.image_sizes_from: {pairs}: goes without data.augment pad_crop, whose pictures have one size; "
+            "random_resized_crop would be right"
+        )
 
 
 def _starts(recipe: Recipe) -> Iterator[str]:

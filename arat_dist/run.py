@@ -28,7 +28,7 @@ _FREE_SECTIONS = ("cluster", "track", "eval", "engine")
 _FREE_KEYS = {
     "train": ("log_every", "checkpoint_every", "keep_checkpoints", "max_steps", "grad_checkpointing"),
     # Sets may move: what they hold is compared instead.
-    "data": ("train", "val", "loader_threads"),
+    "data": ("train", "val", "loader_threads", "stage_to"),
 }
 
 

@@ -19,6 +19,7 @@ from arat_dist.config import Recipe
 from arat_dist.data.loader import train_loader
 from arat_dist.data.manifest import Manifest, load_manifest
 from arat_dist.data.order import SampleOrder
+from arat_dist.data.staging import stage_data
 from arat_dist.device_augment import build_device_augment
 from arat_dist.diagnostics import branch_distance, gradient_conflict
 from arat_dist.engine import Engine, Rank, average_statistics, build_engine
@@ -43,6 +44,7 @@ def train(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
     Every rank calls it; the first one writes the run's files. Returns the training's part of the summary.
     """
     settings = recipe.train
+    stage_data(recipe.data)
     torch.manual_seed(settings.seed)
     order = sample_order(recipe)
     checkpoint = load_newest(run.checkpoints)
@@ -66,9 +68,11 @@ def train(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
     objective.train()
     if settings.compile:
         full_share = order.share(0, rank.index, rank.world_size)
-        objective.compile_backbones(set(part_sizes(len(full_share), settings.micro_batches)))
+        sizes = set(part_sizes(len(full_share), settings.micro_batches))
+        objective.compile_backbones(sizes, num_sides=len(recipe.data.training_sizes))
     with train_loader(recipe.data, settings.seed, order.largest_share(rank.world_size)) as loader:
-        batches = loader.iterate(order.shares(rank.index, rank.world_size, start, stop))
+        shares = order.shares(rank.index, rank.world_size, start, stop)
+        batches = loader.iterate(shares, lambda at: image_size(recipe, order, start + at))
         for step, batch in enumerate(log.waiting(batches), start):
             done, global_size = step + 1, order.batch_size_at(step)
             engine.set_lr(lr := learning_rate(recipe, order, step))
@@ -131,6 +135,11 @@ def learning_rate(recipe: Recipe, order: SampleOrder, step: int) -> float:
         batch_size=order.batch_size,
         epochs=recipe.train.epochs,
     )
+
+
+def image_size(recipe: Recipe, order: SampleOrder, step: int) -> int:
+    """Side of the pictures of one step of the run, in pixels."""
+    return recipe.data.image_size_at(order.epochs_after(step))
 
 
 def seed_step(seed: int, step: int, rank: Rank) -> None:

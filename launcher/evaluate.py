@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -43,7 +44,9 @@ def evaluate_target(
         # Each worker opens it anew: Ray's object store is no place for weights.
         work = partial(_open_and_evaluate, opened.uri, weights, opened.data.val, config)
     else:
-        work = partial(_evaluate, opened, config)
+        # This machine may be none of those that the run's disk is on.
+        in_place = opened.data.model_copy(update={"stage_to": None})
+        work = partial(_evaluate, replace(opened, data=in_place), config)
     with tempfile.TemporaryDirectory() as scratch:
         cluster = evaluation_cluster(opened.cluster or ClusterConfig(storage=scratch), num_workers)
         check_gpus(cluster)

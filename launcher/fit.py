@@ -19,6 +19,7 @@ import torch
 
 from arat_dist.checkpoint import checkpoint_names
 from arat_dist.config import ARRESTConfig, AttackConfig, ClusterConfig, LBGATConfig, ModelConfig, Recipe, StandardConfig
+from arat_dist.data import staging
 from arat_dist.data.manifest import load_manifest
 from arat_dist.engine import Rank
 from arat_dist.errors import UserError, WorkersError
@@ -116,6 +117,7 @@ def clean_recipe(recipe: Recipe, objective: ARRESTConfig) -> Recipe:
     """The same net, data and optimizer on clean pictures, as long as the objective says; schedules in proportion."""
     share = objective.clean_epochs / recipe.train.epochs
     milestones = tuple(share * milestone for milestone in recipe.optim.milestones)
+    sizes = tuple((share * begin, side) for begin, side in recipe.data.image_sizes_from)
     schedule = {"milestones": milestones, "warmup_epochs": share * recipe.optim.warmup_epochs}
     length = {"epochs": objective.clean_epochs, "ema_decay": None, "swa_start_epoch": None}
     return recipe.model_copy(
@@ -124,6 +126,7 @@ def clean_recipe(recipe: Recipe, objective: ARRESTConfig) -> Recipe:
             "attack": AttackConfig(norm=recipe.attack.norm, eps=recipe.attack.eps),
             "optim": recipe.optim.model_copy(update=schedule),
             "train": recipe.train.model_copy(update=length),
+            "data": recipe.data.model_copy(update={"image_sizes_from": sizes}),
         }
     )
 
@@ -270,6 +273,8 @@ def _on_worker(work: Callable[[Rank], T], num_threads: int) -> T | FloatingPoint
     # Ray's own handler takes it to the driver's stderr; what all ranks would say, the first one says.
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("arat_dist").setLevel(logging.INFO if context.get_world_rank() == 0 else logging.WARNING)
+    # Any worker of a machine may be the one that copies.
+    logging.getLogger(staging.__name__).setLevel(logging.INFO)
     assert isinstance(device, torch.device)
     rank = Rank(context.get_world_rank(), context.get_world_size(), device)
     try:

@@ -541,6 +541,23 @@ def test_another_attack_takes_no_step_from_the_one_before(recipe_file, caplog):
         ({"attack__loss": "dlr", "data__num_classes": 2}, "attack.loss: dlr: needs 3 classes"),
         ({"attack__steps_from": [[3, 2], [1, 3]]}, "attack.steps_from: [[3.0, 2], [1.0, 3]]: ascending epochs"),
         ({"attack__steps_from": [[10, 2]]}, "attack.steps_from: [[10.0, 2]]: epochs below train.epochs (10)"),
+        (
+            {"data__image_sizes_from": [[3, 24], [1, 16]]},
+            "data.image_sizes_from: [[3.0, 24], [1.0, 16]]: ascending epochs",
+        ),
+        (
+            {"data__image_sizes_from": [[10, 24]]},
+            "data.image_sizes_from: [[10.0, 24]]: epochs below train.epochs (10)",
+        ),
+        (
+            {"data__image_sizes_from": [[0, 24]], "data__augment": "pad_crop"},
+            "data.image_sizes_from: [[0.0, 24]]: goes without data.augment pad_crop, whose pictures have one size; "
+            "random_resized_crop would be right",
+        ),
+        ({"data__image_sizes_from": [[0, 7]]}, "data.image_sizes_from.0.1: 7: "),
+        ({"data__image_sizes_from": [[0, 16]], "attack__norm": "l1", "attack__eps": 800}, "attack.eps: 800: "),
+        ({"data__stage_to": "local"}, "data.stage_to: 'local': an absolute path would be right"),
+        ({"data__stage_to": "s3://bucket/x"}, "data.stage_to: 's3://bucket/x': an absolute path would be right"),
         ({"attack__eps_warmup_epochs": 10}, "attack.eps_warmup_epochs: 10: less than train.epochs (10)"),
         ({"attack__loss": "kl", "attack__start": "none"}, "attack.start: none: KL from the clean prediction"),
         ({"objective__name": "trades", "attack__start": "none"}, "attack.start: none: KL from the clean prediction"),
@@ -557,3 +574,11 @@ def test_another_attack_takes_no_step_from_the_one_before(recipe_file, caplog):
 def test_what_does_not_go_together(changes, start):
     tree = tree_with(**{key: value for key, value in changes.items() if "__" in key})
     assert refusal(tree | {key: value for key, value in changes.items() if "__" not in key}).startswith(start)
+
+
+def test_image_sizes_are_a_course_over_the_epochs():
+    data = parse_recipe(tree_with(data__image_sizes_from=[[2, 16], [5.5, 24]])).data
+    assert [data.image_size_at(epoch) for epoch in (0, 1.99, 2, 5.49, 5.5, 9.9)] == [32, 32, 16, 16, 24, 24]
+    assert data.training_sizes == [16, 24, 32]
+    assert parse_recipe(tree_with(data__image_sizes_from=[[0, 24], [3, 16]])).data.training_sizes == [16, 24]
+    assert parse_recipe(tree_with()).data.training_sizes == [32]

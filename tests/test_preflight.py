@@ -14,10 +14,21 @@ from arat_dist.preflight import check_recipe
 TOY = {"name": "resnet10t", "args": {"channels": [8, 8, 8, 8], "stem_width": 8, "zero_init_last": False}}
 GROUP_NORM = {"name": "resnet50_gn", "args": {"channels": [32, 32, 32, 32], "layers": [1, 1, 1, 1]}}
 
+NARROW = {"depth": 1, "embed_dim": 24}
+VIT = {"name": "vit_tiny_patch16_224", "args": {**NARROW, "dynamic_img_size": True}}
+"""A net of patches, that takes any number of them."""
+
+
+def sizes(*sides: int) -> dict[str, Any]:
+    """Keys of the data section that have one side an epoch, from the second on."""
+    return {"augment": "random_resized_crop", "image_sizes_from": [[at, side] for at, side in enumerate(sides, 1)]}
+
 
 def test_a_recipe_that_can_run_passes(sets: Sets):
     check_recipe(toy_recipe(sets))
     check_recipe(toy_recipe(sets, cluster={"workers": 2}))  # the smallest batch has 4 pictures
+    check_recipe(toy_recipe(sets, data=sizes(32, 24)))
+    check_recipe(toy_recipe(sets, data=sizes(32, 48), model=VIT, objective={"name": "at"}))
 
 
 @pytest.mark.parametrize(
@@ -30,6 +41,21 @@ def test_a_recipe_that_can_run_passes(sets: Sets):
         ({"data": {"val": "/nowhere/x.beton"}}, "/nowhere/x.beton: no such file", "arat data write"),
         ({"data": {"num_classes": 5}}, "data.num_classes: 5:", "has 3 classes"),
         ({"data": {"image_size": 20}}, "data.augment: pad_crop:", "16x16"),
+        (
+            {"model": VIT | {"args": NARROW}, "objective": {"name": "at"}, "data": sizes(16, 32)},
+            "data.image_sizes_from: [[1.0, 16], [2.0, 32]]: vit_tiny_patch16_224 is built for pictures of one size",
+            "",
+        ),
+        (
+            {"model": VIT, "objective": {"name": "at"}, "data": sizes(32, 24)},
+            "data.image_sizes_from: 24: vit_tiny_patch16_224 can't take 24x24: ",
+            "divisible",
+        ),
+        (
+            {"model": TOY, "objective": {"name": "lbgat", "teacher": VIT}, "data": sizes(32, 24)},
+            "data.image_sizes_from: 24: vit_tiny_patch16_224 can't take",
+            "",
+        ),
         ({"model": {"name": "resnet10x"}}, "model.name: resnet10x:", "resnet10t"),
         ({"model": {**TOY, "args": {"chanels": [8]}}}, "model.args:", "chanels"),
         ({"model": {"name": "resnet10t", "pretrained": True}}, "model.pretrained: true:", "model.checkpoint"),

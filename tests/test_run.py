@@ -104,6 +104,7 @@ def test_another_recipe_is_refused_by_its_keys(run: Run, changed: dict[str, Any]
         {"cluster": {"workers": 3, "max_failures": 9}},
         {"eval": {"attack": "pgd50"}},
         {"track": {"experiment": "other"}},
+        {"data": {"stage_to": "/local/sets"}},
         {"train": {"log_every": 7, "checkpoint_every": 3, "keep_checkpoints": 5, "max_steps": 4}},
     ],
     ids=str,

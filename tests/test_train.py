@@ -3,20 +3,24 @@
 import logging
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from toys import Sets, toy_batch, toy_recipe
+from toys import Sets, toy_batch, toy_classifier, toy_recipe, toy_setting
 
 from arat_dist.averaging import restate
 from arat_dist.checkpoint import Checkpoint, checkpoint_names, load_checkpoint, load_newest
 from arat_dist.config import Recipe
+from arat_dist.data.beton import BetonLoader
 from arat_dist.data.manifest import load_manifest
 from arat_dist.engine import DDPEngine, Rank, build_engine
 from arat_dist.evaluate import eval_config, evaluate
 from arat_dist.objectives import build_objective
+from arat_dist.objectives.at import AT
+from arat_dist.objectives.base import Objective, Output
 from arat_dist.optim import lr_at
 from arat_dist.run import Run
 from arat_dist.train import MetricsLog, check_agreement, num_steps, sample_order, save, train
@@ -95,6 +99,11 @@ CASES: dict[str, dict[str, Any]] = {
         "objective": {"name": "at"},
         "data": {"rand_augment": [2, 9], "color_jitter": [0.4, 0.4, 0.4, 0.1], "mixup": 0.5},
         "train": {"checkpoint_every": 4, "swa_start_epoch": 1, "swa_every": 3},
+    },
+    # The checkpoint after step 8 lies within the second size, the crash after step 10 within the third.
+    "arat, ema, sizes of pictures": {
+        "data": {"augment": "random_resized_crop", "image_sizes_from": [[0, 12], [1, 20], [1.8, 24], [2.5, 12]]},
+        "train": {"ema_decay": 0.8, "checkpoint_every": 4, "log_every": 3},
     },
 }
 
@@ -247,6 +256,51 @@ def test_a_run_in_parts_sees_every_sample_once(sets: Sets, tmp_path):
     assert other["gradient_norm"] == pytest.approx(first["gradient_norm"], rel=1e-2)
 
 
+def test_sizes_of_pictures_follow_their_course_and_change_no_order(sets: Sets, tmp_path, monkeypatch):
+    seen: list[tuple[int, list[int]]] = []
+    forward = Objective.forward
+
+    def watching(self: Objective, images: torch.Tensor, labels: torch.Tensor, keys: torch.Tensor) -> Output:
+        seen.append((images.shape[2], keys.tolist()))
+        assert images.shape == (len(keys), 3, images.shape[2], images.shape[2])
+        return forward(self, images, labels, keys)
+
+    monkeypatch.setattr(Objective, "forward", watching)
+    crop = {"augment": "random_resized_crop"}
+    start(toy_recipe(sets, data=crop), tmp_path, "plain")
+    plain = seen.copy()
+    seen.clear()
+    start(toy_recipe(sets, data=crop | {"image_sizes_from": [[1, 12], [1.8, 24], [2.5, 12]]}), tmp_path, "course")
+    assert [side for side, _ in plain] == [16] * NUM_STEPS
+    # Epochs are 5.5 steps long: 1 is amid step 5, 1.8 amid 9, 2.5 amid 13.
+    assert [side for side, _ in seen] == [16] * 6 + [12] * 4 + [24] * 4 + [12] * 3
+    assert [keys for _, keys in seen] == [keys for _, keys in plain]
+
+
+def test_each_size_of_pictures_is_compiled_once(monkeypatch):
+    """More graphs than are kept for one size, and none anew at the return to an earlier one."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **kwargs: compile_(f, backend="aot_eager", **kwargs))
+    torch._dynamo.reset()
+    counters.clear()
+    objective = AT(toy_classifier(split=False).float(), toy_setting(AT, steps=1)).train()
+    sides = list(range(8, 17))
+    with torch._dynamo.config.patch(recompile_limit=8):  # torch's own, which importing timm.optim lifts
+        objective.compile_backbones({4}, num_sides=len(sides))
+        for side in [*sides, *sides[:3]]:
+            objective(*toy_batch(4, side=side)).loss.backward()
+    assert counters["stats"]["unique_graphs"] == 2 * len(sides)  # the attack's pass and the training's
+    torch._dynamo.reset()
+
+
+def test_a_run_makes_room_for_the_graphs_of_all_its_sizes(sets: Sets, tmp_path, monkeypatch):
+    asked: list[tuple[set[int], int]] = []
+    monkeypatch.setattr(Objective, "compile_backbones", lambda self, sizes, num_sides: asked.append((sizes, num_sides)))
+    data = {"augment": "random_resized_crop", "image_sizes_from": [[1, 12], [2, 20]]}
+    start(toy_recipe(sets, data=data, train={"compile": True, "max_steps": 1}), tmp_path)
+    assert asked == [({8}, 3)]
+
+
 def test_a_compiled_run_begins_as_an_eager_one(sets: Sets, tmp_path, monkeypatch):
     """And the run's smaller last batches don't compile anything anew."""
     compile_ = torch.compile
@@ -384,6 +438,27 @@ def test_the_average_that_a_run_ends_with_has_its_own_statistics(sets: Sets, tmp
     for name, value in objective.classifier.state_dict().items():
         torch.testing.assert_close(value, saved[name], msg=lambda m, n=name: f"{n}: {m}")
     assert any("clean.running_mean" in name and value.any() for name, value in saved.items())
+
+
+def test_a_run_on_copies_reads_nothing_else_and_is_the_same(sets: Sets, tmp_path, monkeypatch):
+    opened: list[Path] = []
+
+    class Recording(BetonLoader):
+        def __init__(self, path: Any, **settings: Any):
+            opened.append(Path(path))
+            super().__init__(path, **settings)
+
+    monkeypatch.setattr("arat_dist.data.beton.BetonLoader", Recording)
+    averages = {"swa_start_epoch": 1, "swa_every": 2}
+    in_place, before = start(toy_recipe(sets, train=averages), tmp_path, "in place")
+    assert [str(path) for path in opened] == [sets.train, sets.train, sets.val]  # steps, norm statistics, evaluation
+    opened.clear()
+    local = tmp_path / "local"
+    staged, after = start(toy_recipe(sets, train=averages, data={"stage_to": str(local)}), tmp_path, "staged")
+    hashes = [load_manifest(path).sha256 for path in (sets.train, sets.train, sets.val)]
+    assert opened == [local / f"{sha256}.beton" for sha256 in hashes]
+    assert_equal(newest(staged), newest(in_place))
+    assert after["robust_accuracy"] == before["robust_accuracy"]
 
 
 def test_ranks_compare_what_they_found_before_the_first_step(sets: Sets, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ be seeded, nor report an error, nor be stopped.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -21,8 +21,8 @@ import torch
 from numpy.typing import NDArray
 
 from arat_dist.data import augment as kernels
+from arat_dist.data.beton_table import read_contents
 from arat_dist.data.ffcv_import import (
-    IMAGE_MODES,
     AllocationQuery,
     Compiler,
     Graph,
@@ -56,19 +56,27 @@ class _LabelDecoder(IntDecoder):
         return decode
 
 
+_Cut = tuple[Callable[..., None], tuple[object, ...]]
+"""A kernel that decodes and crops, and what it takes behind the table."""
+
+
 class _PictureDecoder(SimpleRGBImageDecoder):
-    """Pictures by key, cropped by one of the kernels.
+    """Pictures by key, cropped by the kernel of their side.
 
     Its memory is the pictures uint8 [B,side,side,3] and whether each was readable, uint8 [B,1].
+
+    Args:
+        kernels: for each side in pixels, what fills the memory.
+        table: where each picture lies, int64 [N,5].
     """
 
-    def __init__(self, kernel: Callable[..., None], side: int, table: NDArray[np.int64], *settings: object) -> None:
+    def __init__(self, kernels: Mapping[int, _Cut], table: NDArray[np.int64]) -> None:
         super().__init__()
-        self._kernel, self._side, self._table, self._settings = kernel, side, table, settings
+        self._kernels, self._table = kernels, table
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, Any]:
-        """Shape of what comes out, and the memory for it."""
-        shape, dtype = (self._side, self._side, 3), np.dtype("u1")
+        """Shape of the largest pictures that come out, and the memory for them."""
+        shape, dtype = (max(self._kernels), max(self._kernels), 3), np.dtype("u1")
         state = replace(previous_state, jit_mode=True, shape=shape, dtype=dtype)
         return state, (AllocationQuery(shape, dtype), AllocationQuery((1,), dtype))
 
@@ -77,7 +85,8 @@ class _PictureDecoder(SimpleRGBImageDecoder):
 
         def decode(keys: Keys, memory: Any, _: object, storage_state: Any) -> Any:
             pictures, readable = memory
-            self._kernel(keys, pictures, readable, storage_state[0], self._table, *self._settings)
+            kernel, settings = self._kernels[pictures.shape[1]]
+            kernel(keys, pictures, readable, storage_state[0], self._table, *settings)
             return pictures
 
         return decode
@@ -100,6 +109,7 @@ class BetonLoader:
         crop_scale: tuple[float, float] = (0.08, 1.0),
         flip: bool = False,
         val_crop: float = 1.0,
+        sides: Collection[int] = (),
         seed: int = 0,
         threads: int = 1,
     ) -> None:
@@ -115,6 +125,7 @@ class BetonLoader:
             crop_scale: range of the area of random_resized_crop, as a fraction of the picture's.
             flip: mirror half of the visits left to right.
             val_crop: side of the centre of `none`, as a fraction of the shorter side.
+            sides: further sides that `iterate` may be asked for, in pixels; not with pad_crop.
             seed: fixes crops and flips together with the keys.
             threads: threads that decode.
 
@@ -122,20 +133,23 @@ class BetonLoader:
             UserError: the file is missing or broken, or pad_crop meets pictures of another size.
         """
         self.path, self.batch_size = Path(path), batch_size
-        reader, table = _read_contents(self.path)
+        table = read_contents(self.path).table
+        reader = Reader(str(self.path))
         fits = bool(np.all(table[:, 2:4] == image_size))
         if augment == "pad_crop" and not fits:
             raise UserError(
                 f"{self.path}: pad_crop needs pictures of {image_size}x{image_size} (data.image_size); "
                 "data.augment: random_resized_crop would be right"
             )
+        assert augment != "pad_crop" or set(sides) <= {image_size}
+        # Pictures that are taken whole at image_size are so at other sizes.
+        box = augment == "random_resized_crop", *map(float, crop_scale), 1.0 if fits else float(val_crop)
+        cuts: Mapping[int, _Cut] = dict.fromkeys({image_size, *sides}, (kernels.decode_boxes, (seed, flip, *box)))
         if fits and augment != "random_resized_crop":
             border = padding if augment == "pad_crop" else 0
-            decoder = _PictureDecoder(kernels.decode_shifted, image_size, table, seed, flip, border)
-        else:
-            areas = float(crop_scale[0]), float(crop_scale[1])
-            box = augment == "random_resized_crop", *areas, float(val_crop)
-            decoder = _PictureDecoder(kernels.decode_boxes, image_size, table, seed, flip, *box)
+            cuts = {**cuts, image_size: (kernels.decode_shifted, (seed, flip, border))}
+        decoder = _PictureDecoder(cuts, table)
+        self._image_size = image_size
         self._num_samples = len(table)
         self._metadata = reader.metadata
         self._graph, self._run = _join_decoders(reader, {"image": decoder, "label": _LabelDecoder()})
@@ -153,11 +167,12 @@ class BetonLoader:
         """Label of each picture as the file has it, int64 [N]."""
         return np.array(self._metadata["f1"])
 
-    def iterate(self, shares: Sequence[Keys]) -> Iterator[Batch]:
+    def iterate(self, shares: Sequence[Keys], side_at: Callable[[int], int] | None = None) -> Iterator[Batch]:
         """Batches in the order of `shares`: the i-th holds exactly the keys int64 [B] of shares[i].
 
-        Shares are asked for one by one, a few batches ahead. Images and labels lie in a ring of buffers: see `Batch`.
-        Leaving the loop early stops the thread.
+        Its pictures have the side side_at(i), in pixels, by default image_size; where that changes, the thread goes on
+        in the same buffers. Shares are asked for one by one, a few batches ahead. Images and labels lie in a ring of
+        buffers: see `Batch`. Leaving the loop early stops the thread.
 
         Raises:
             UserError: a picture can't be decoded.
@@ -165,7 +180,7 @@ class BetonLoader:
         """
         # Pinned where there is a GPU, and so allocated in this thread, whose current device is the right one.
         memory = self._graph.allocate_memory(self.batch_size, NUM_SLOTS)["operation"]
-        producer = Producer(partial(self._fill, memory), shares)
+        producer = Producer(partial(self._fill, memory, side_at or (lambda _: self._image_size)), shares)
         self._producers.add(producer)
         try:
             yield from producer.batches()
@@ -193,37 +208,43 @@ class BetonLoader:
         memory = self._graph.allocate_memory(self.batch_size, 1)["operation"]
         for start in range(0, self.num_samples, self.batch_size):
             indices = np.arange(start, min(start + self.batch_size, self.num_samples))
-            self._decode_parts(memory, indices, 0)
-            (_, readable), _ = memory.values()
-            yield int(indices[-1]) + 1, indices[readable[0][: len(indices), 0] == 0]
+            _, readable, _ = self._decode_parts(memory, indices, 0, self._image_size)
+            yield int(indices[-1]) + 1, indices[readable[:, 0] == 0]
 
-    def _fill(self, memory: dict[int, Any], keys: Keys, slot: int) -> Batch:
-        """Decode the pictures of `keys` into a slot of the ring."""
-        count = len(keys)
-        if count > self.batch_size:
-            raise ValueError(f"a share of {count} pictures: the loader's batch_size is {self.batch_size}")
-        self._decode_parts(memory, keys, slot)
-        (pictures, readable), labels = memory.values()
-        if not readable[slot][:count].all():
-            index = int(keys[np.flatnonzero(readable[slot][:count] == 0)[0]] % self.num_samples)
+    def _fill(self, memory: dict[int, Any], side_at: Callable[[int], int], at: int, keys: Keys, slot: int) -> Batch:
+        """Decode the pictures of `keys`, the share at a position, into a slot of the ring."""
+        if len(keys) > self.batch_size:
+            raise ValueError(f"a share of {len(keys)} pictures: the loader's batch_size is {self.batch_size}")
+        pictures, readable, labels = self._decode_parts(memory, keys, slot, side_at(at))
+        if not readable.all():
+            index = int(keys[np.flatnonzero(readable == 0)[0]] % self.num_samples)
             raise UserError(f"{self.path}: picture {index} can't be decoded; write it again with `arat data write`")
-        images = torch.from_numpy(pictures[slot][:count]).permute(0, 3, 1, 2)
-        return Batch(images, torch.from_numpy(labels[slot][:count, 0]), torch.from_numpy(keys))
+        images = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+        return Batch(images, torch.from_numpy(labels[:, 0]), torch.from_numpy(keys))
 
-    def _decode_parts(self, memory: dict[int, Any], keys: Keys, slot: int) -> None:
-        """Run FFCV's pipelines on the keys, a part on each thread."""
+    def _decode_parts(self, memory: dict[int, Any], keys: Keys, slot: int, side: int) -> tuple[Any, Any, Any]:
+        """Run FFCV's pipelines on the keys, a part on each thread.
+
+        Returns:
+            Pictures uint8 [B,side,side,3], whether each was readable, uint8 [B,1], and labels int64 [B,1].
+        """
         count = len(keys)
         # Parts smaller than one a thread: pictures differ in size.
         length = count if self._num_threads == 1 else -(-count // (4 * self._num_threads))
         parts = [slice(start, min(start + length, count)) for start in range(0, count, max(1, length))]
-        run = partial(self._decode, memory, keys, slot)
+        (picture_node, (pictures, readable)), (label_node, labels) = memory.items()
+        # The slot holds the largest pictures: smaller ones lie at its beginning.
+        pictures = pictures[slot].reshape(-1)[: count * side * side * 3].reshape(count, side, side, 3)
+        readable, labels = readable[slot][:count], labels[slot][:count]
+        run = partial(self._decode, {picture_node: (pictures, readable), label_node: labels}, keys)
         list(map(run, parts) if self._num_threads == 1 else self._pool.map(run, parts))
+        return pictures, readable, labels
 
-    def _decode(self, memory: dict[int, Any], keys: Keys, slot: int, part: slice) -> None:
-        """Run FFCV's pipelines on a part of the keys."""
+    def _decode(self, memory: dict[int, Any], keys: Keys, part: slice) -> None:
+        """Run FFCV's pipelines on a part of the keys, with the memory for all of them."""
 
         def cut(buffer: Any) -> Any:
-            return tuple(cut(each) for each in buffer) if isinstance(buffer, tuple) else buffer[slot][part]
+            return tuple(cut(each) for each in buffer) if isinstance(buffer, tuple) else buffer[part]
 
         self._run(
             batch_indices=keys[part],
@@ -232,36 +253,6 @@ class BetonLoader:
             **{f"memory_{node}": cut(buffer) for node, buffer in memory.items()},
             **{f"shared_memory_{node}": None for node in memory},
         )
-
-
-def _read_contents(path: Path) -> tuple[Reader, NDArray[np.int64]]:
-    """FFCV's reader of a file, and a table of its pictures as `decode_shifted` takes it, int64 [N,5].
-
-    Raises:
-        UserError: the file is missing, or its table of contents doesn't point inside it: FFCV reads wherever it points.
-    """
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; `arat data write SOURCE {path}` would write it")
-    try:
-        reader = Reader(str(path))
-        pictures, allocations = reader.metadata["f0"], reader.alloc_table[np.argsort(reader.alloc_table["ptr"])]
-        found = allocations[np.searchsorted(allocations["ptr"], pictures["data_ptr"])]
-        is_jpeg = pictures["mode"] == IMAGE_MODES["jpg"]
-        columns = found["ptr"], found["ptr"] + found["size"], pictures["height"], pictures["width"], is_jpeg
-        table = np.stack(columns, axis=1).astype(np.int64)
-        complete = len(table) == reader.num_samples and np.all(found["ptr"] == pictures["data_ptr"])
-        if complete and _is_inside(table, path.stat().st_size):
-            return reader, table
-    except Exception:  # noqa: BLE001, S110 - FFCV's reader checks nothing: damaged bytes may raise anything.
-        pass
-    raise UserError(f"{path}: not a complete .beton; write it again with `arat data write`")
-
-
-def _is_inside(table: NDArray[np.int64], num_bytes: int) -> bool:
-    """Whether every picture of a table lies in a file of so many bytes, and each raw one has the bytes of its size."""
-    start, stop, height, width, is_jpeg = table.T
-    fits = (start > 0) & (start < stop) & (stop <= num_bytes) & (height > 0) & (width > 0)
-    return len(table) > 0 and bool(np.all(fits & ((is_jpeg != 0) | (stop - start == 3 * height * width))))
 
 
 def _join_decoders(reader: Reader, decoders: dict[str, Any]) -> tuple[Graph, Callable[..., Any]]:

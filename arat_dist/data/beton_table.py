@@ -50,7 +50,7 @@ def read_contents(path: Path) -> Contents:
             rows = np.fromfile(path, _ROW, num_samples, offset=skipped)
             allocations = np.fromfile(path, _ALLOCATION, offset=int(header["allocations"]))
             contents = _join(rows, allocations)
-            if 0 < len(rows) == num_samples and contents.table[:, 1].max() <= path.stat().st_size:
+            if len(rows) == num_samples and _is_inside(contents.table, path.stat().st_size):
                 return contents
     except (IndexError, MemoryError, OSError, OverflowError, ValueError):
         pass
@@ -67,3 +67,10 @@ def _join(rows: NDArray[np.void], allocations: NDArray[np.void]) -> Contents:
     columns = found["start"], found["start"] + found["size"], images["height"], images["width"]
     table = np.stack([*columns, images["mode"] == _JPEG], axis=1).astype(np.int64)
     return Contents(table, np.ascontiguousarray(rows["label"]))
+
+
+def _is_inside(table: NDArray[np.int64], num_bytes: int) -> bool:
+    """Whether every picture of a table lies in a file of so many bytes, and each raw one has the bytes of its size."""
+    start, stop, height, width, is_jpeg = table.T
+    fits = (start > 0) & (start < stop) & (stop <= num_bytes) & (height > 0) & (width > 0)
+    return len(table) > 0 and bool(np.all(fits & ((is_jpeg != 0) | (stop - start == 3 * height * width))))

@@ -6,7 +6,7 @@ a little: torchvision decodes and resizes in its own way. So a run stays with on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -26,8 +26,8 @@ from arat_dist.data.loader import Batch
 from arat_dist.data.order import Keys
 from arat_dist.errors import UserError
 
-Crop = Callable[[NDArray[np.uint8], int], Tensor]
-"""From a picture uint8 [H,W,3] and its key to what comes out, uint8 [3,side,side]."""
+Crop = Callable[[NDArray[np.uint8], int, int], Tensor]
+"""From a picture uint8 [H,W,3], its key and a side to what comes out, uint8 [3,side,side]."""
 
 
 class FallbackLoader:
@@ -44,6 +44,7 @@ class FallbackLoader:
         crop_scale: tuple[float, float] = (0.08, 1.0),
         flip: bool = False,
         val_crop: float = 1.0,
+        sides: Collection[int] = (),
         seed: int = 0,
         threads: int = 1,
     ) -> None:
@@ -61,13 +62,14 @@ class FallbackLoader:
                 f"{self.path}: pad_crop needs pictures of {image_size}x{image_size} (data.image_size); "
                 "data.augment: random_resized_crop would be right"
             )
+        assert augment != "pad_crop" or set(sides) <= {image_size}
+        area = crop_scale if augment == "random_resized_crop" else None
+        # Pictures that are taken whole at image_size are so at other sizes.
+        crops: dict[int, Crop] = dict.fromkeys({image_size, *sides}, _Box(seed, flip, area, 1.0 if fits else val_crop))
         if fits and augment != "random_resized_crop":
-            crop = _Shift(seed, flip, padding if augment == "pad_crop" else 0)
-        else:
-            area = crop_scale if augment == "random_resized_crop" else None
-            crop = _Box(seed, flip, image_size, area, val_crop)
-        self._num_samples, self._threads = len(table), threads
-        self._pictures = _Pictures(self.path, contents, crop, image_size)
+            crops[image_size] = _Shift(seed, flip, padding if augment == "pad_crop" else 0)
+        self._num_samples, self._image_size, self._threads = len(table), image_size, threads
+        self._pictures = _Pictures(self.path, contents, crops)
         self._running: set[Iterator[Batch]] = set()
         self._is_closed = False
 
@@ -76,14 +78,16 @@ class FallbackLoader:
         """Pictures in the set."""
         return self._num_samples
 
-    def iterate(self, shares: Sequence[Keys]) -> Iterator[Batch]:
+    def iterate(self, shares: Sequence[Keys], side_at: Callable[[int], int] | None = None) -> Iterator[Batch]:
         """Batches in the order of `shares`, decoded ahead, each in its own memory; leaving the loop ends all processes.
+
+        Pictures have the side side_at(i), in pixels, by default image_size.
 
         Raises:
             UserError: a picture can't be decoded.
             Exception: whatever asking for a share raised.
         """
-        batches = self._batches(shares)
+        batches = self._batches(_Checked(shares, self.batch_size, side_at or (lambda _: self._image_size)))
         self._running.add(batches)
         try:
             yield from batches
@@ -108,8 +112,7 @@ class FallbackLoader:
         """Close it."""
         self.close()
 
-    def _batches(self, shares: Sequence[Keys]) -> Iterator[Batch]:
-        checked = _Checked(shares, self.batch_size)
+    def _batches(self, checked: _Checked) -> Iterator[Batch]:
         loader = DataLoader(
             self._pictures,
             batch_sampler=checked,  # pyright: ignore[reportArgumentType]
@@ -126,20 +129,20 @@ class FallbackLoader:
 
 
 class _Checked:
-    """Shares one by one, as lists; none larger than a loader's batch.
+    """Shares one by one, as lists, with the side of their pictures; none larger than a loader's batch.
 
     They are asked for ahead of their batches. What went wrong ends them, and is kept until those before have come.
     """
 
-    def __init__(self, shares: Sequence[Keys], batch_size: int) -> None:
-        self._shares, self._batch_size = shares, batch_size
+    def __init__(self, shares: Sequence[Keys], batch_size: int, side_at: Callable[[int], int]) -> None:
+        self._shares, self._batch_size, self._side_at = shares, batch_size, side_at
         self.error: Exception | None = None
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[tuple[int, list[int]]]:
         try:
             # Not a for loop over the shares: that takes an IndexError among them for their end.
             for step in range(len(self._shares)):
-                yield self._keys(step)
+                yield self._side_at(step), self._keys(step)
         except Exception as error:  # noqa: BLE001 - raised again in the consumer.
             self.error = error
 
@@ -158,21 +161,21 @@ def _as_is(batch: Any) -> Any:
 class _Pictures(Dataset[Any]):
     """Batches by their keys; each process opens the file for itself."""
 
-    def __init__(self, path: Path, contents: Contents, crop: Crop, side: int) -> None:
-        self._path, self._contents, self._crop, self._side = path, contents, crop, side
+    def __init__(self, path: Path, contents: Contents, crops: Mapping[int, Crop]) -> None:
+        self._path, self._contents, self._crops = path, contents, crops
 
     @cached_property
     def _file(self) -> NDArray[np.uint8]:
         return np.memmap(self._path, np.uint8, "r")
 
-    def __getitems__(self, keys: list[int]) -> tuple[Tensor, Tensor, Tensor] | str:
+    def __getitems__(self, share: tuple[int, list[int]]) -> tuple[Tensor, Tensor, Tensor] | str:
         """Images uint8 [B,3,side,side] channels-last, labels, keys int64 [B]; or the line that says what is wrong."""
-        table, labels = self._contents
-        images = torch.empty(len(keys), self._side, self._side, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+        (side, keys), (table, labels) = share, self._contents
+        images = torch.empty(len(keys), side, side, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
         indices = [key % len(table) for key in keys]
         for image, key, index in zip(images, keys, indices, strict=True):
             try:
-                image.copy_(self._crop(self._read(*table[index].tolist()), key))
+                image.copy_(self._crops[side](self._read(*table[index].tolist()), key, side))
             except (RuntimeError, ValueError):
                 return f"{self._path}: picture {index} can't be decoded; write it again with `arat data write`"
         return images, torch.from_numpy(labels[indices]), torch.tensor(keys, dtype=torch.int64)
@@ -194,9 +197,9 @@ class _Shift:
     def __init__(self, seed: int, flip: bool, padding: int) -> None:
         self._seed, self._flip, self._padding = seed, flip, padding
 
-    def __call__(self, picture: NDArray[np.uint8], key: int) -> Tensor:
+    def __call__(self, picture: NDArray[np.uint8], key: int, side: int) -> Tensor:
         """See `Crop`."""
-        cut = np.empty_like(picture)
+        cut = np.empty((side, side, 3), np.uint8)
         kernels.copy_shifted(picture, cut, *kernels.shift(self._seed, key, self._padding))
         return _finished(torch.from_numpy(cut).permute(2, 0, 1), self._flip and kernels.is_flipped(self._seed, key))
 
@@ -204,10 +207,10 @@ class _Shift:
 class _Box:
     """A box of a picture of any size, resized; `area` None takes the centre."""
 
-    def __init__(self, seed: int, flip: bool, side: int, area: tuple[float, float] | None, centre: float) -> None:
-        self._seed, self._flip, self._side, self._area, self._centre = seed, flip, side, area, centre
+    def __init__(self, seed: int, flip: bool, area: tuple[float, float] | None, centre: float) -> None:
+        self._seed, self._flip, self._area, self._centre = seed, flip, area, centre
 
-    def __call__(self, picture: NDArray[np.uint8], key: int) -> Tensor:
+    def __call__(self, picture: NDArray[np.uint8], key: int, side: int) -> Tensor:
         """See `Crop`."""
         size = picture.shape[:2]
         if self._area is None:
@@ -215,7 +218,7 @@ class _Box:
         else:
             box = kernels.random_resized_box(self._seed, key, *size, *map(float, self._area))
         image = torch.from_numpy(picture).permute(2, 0, 1)
-        cut = resized_crop(image, *map(int, box), size=[self._side, self._side], antialias=True)
+        cut = resized_crop(image, *map(int, box), size=[side, side], antialias=True)
         return _finished(cut, self._flip and kernels.is_flipped(self._seed, key))
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Protocol, Self
 
 from torch import Tensor
 
 from arat_dist.data.manifest import check_augment, load_manifest
+from arat_dist.data.staging import local_beton
 from arat_dist.errors import UserError
 
 if TYPE_CHECKING:
@@ -41,8 +42,11 @@ class Loader(Protocol):
         """Pictures in the set."""
         ...
 
-    def iterate(self, shares: Sequence[Keys]) -> Iterator[Batch]:
-        """Batches in the order of `shares`: the i-th holds exactly the keys int64 [B] of shares[i]."""
+    def iterate(self, shares: Sequence[Keys], side_at: Callable[[int], int] | None = None) -> Iterator[Batch]:
+        """Batches in the order of `shares`: the i-th holds exactly the keys int64 [B] of shares[i].
+
+        Its pictures have the side side_at(i), in pixels; by default, the loader's own.
+        """
         ...
 
     def close(self) -> None:
@@ -64,11 +68,12 @@ def train_loader(data: DataConfig, seed: int, max_share: int) -> Loader:
         max_share: pictures of the largest batch that this rank gets (`SampleOrder.largest_share`).
 
     Raises:
-        UserError: the manifest is missing, the pictures don't fit data.augment, or data.loader is out of reach.
+        UserError: the manifest is missing, the pictures don't fit data.augment, data.loader is out of reach, or they
+            can't be copied to data.stage_to.
     """
     check_augment(data, load_manifest(data.train))
     return _kind(data)(
-        data.train,
+        local_beton(data.train, data.stage_to),
         batch_size=max_share,
         image_size=data.image_size,
         augment=data.augment,
@@ -76,6 +81,7 @@ def train_loader(data: DataConfig, seed: int, max_share: int) -> Loader:
         crop_scale=data.crop_scale,
         flip=data.flip,
         val_crop=_centre(data),
+        sides=data.training_sizes,
         seed=seed,
         threads=data.loader_threads,
     )
@@ -85,10 +91,10 @@ def val_loader(data: DataConfig, batch_size: int) -> Loader:
     """Validation pictures: the centre crop, nothing random. Keys are indices (`eval_shares`).
 
     Raises:
-        UserError: the file is missing or broken, or data.loader is out of reach.
+        UserError: the file is missing or broken, data.loader is out of reach, or it can't be copied to data.stage_to.
     """
     return _kind(data)(
-        data.val,
+        local_beton(data.val, data.stage_to),
         batch_size=batch_size,
         image_size=data.image_size,
         val_crop=_centre(data),

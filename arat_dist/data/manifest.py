@@ -35,8 +35,8 @@ class Manifest(BaseModel):
     """Pictures of each class."""
     num_bytes: int
     """Size of the .beton."""
-    sha256: str
-    """SHA-256 of the .beton."""
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    """SHA-256 of the .beton, in hexadecimal."""
     source: str
     """Where the pictures came from, as given to `arat data write`."""
     max_side: int

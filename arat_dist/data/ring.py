@@ -33,8 +33,8 @@ class Producer(Thread):
     loop that is left early, sets torch's thread count, and overwrites buffers that are still being copied to a GPU.
     """
 
-    def __init__(self, fill: Callable[[Keys, int], Batch], shares: Sequence[Keys]) -> None:
-        """`fill(keys, slot)` prepares the batch of some keys in buffer `slot`, 0 to NUM_SLOTS - 1."""
+    def __init__(self, fill: Callable[[int, Keys, int], Batch], shares: Sequence[Keys]) -> None:
+        """`fill(at, keys, slot)` prepares the batch of shares[at], which are `keys`, in buffer `slot` of NUM_SLOTS."""
         super().__init__(name="beton-loader", daemon=True)
         self._fill, self._shares = fill, shares
         self._free: SimpleQueue[_Slot] = SimpleQueue()
@@ -55,7 +55,7 @@ class Producer(Thread):
                     break
                 if slot.copied is not None:
                     slot.copied.synchronize()
-                self._ready.put((slot.index, self._fill(keys, slot.index)))
+                self._ready.put((slot.index, self._fill(step, keys, slot.index)))
         except BaseException as error:  # noqa: BLE001 - raised again in the consumer.
             last = error
         self._ready.put(last)

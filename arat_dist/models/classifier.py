@@ -149,18 +149,25 @@ def check_penultimate(classifier: Classifier, name: str, image_size: int) -> Non
         raise UserError(f"objective.name: arrest: {name} has no single layer behind its pooled features; arat would do")
 
 
-def _probe(classifier: Classifier, name: str, image_size: int) -> tuple[int, ...]:
-    """Number of features of each tap, from one random picture; UserError if that fails."""
-    # Not a black picture: with it, features could be zero by chance. The global generator stays as it is.
-    pixels = torch.rand(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+def check_side(classifier: Classifier, name: str, side: int, key: str) -> None:
+    """Refuse (UserError) a side of pictures, in pixels and given by a key of the recipe, that the net can't take."""
     try:
         with torch.no_grad(), AttackMode(classifier)("running"):
-            classifier(pixels)
+            classifier(_random_picture(side))
     except (AssertionError, IndexError, RuntimeError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(
-            f"data.image_size: {image_size}: {name} can't take {image_size}x{image_size}: {reason}"
-        ) from error
+        raise UserError(f"{key}: {side}: {name} can't take {side}x{side}: {reason}") from error
+
+
+def _random_picture(side: int) -> Tensor:
+    """Float [1,3,side,side] in [0,1], not black: features could be zero by chance. The global generator stays."""
+    return torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+
+
+def _probe(classifier: Classifier, name: str, image_size: int) -> tuple[int, ...]:
+    """Number of features of each tap, from one random picture; UserError if that fails."""
+    check_side(classifier, name, image_size, "data.image_size")
+    pixels = _random_picture(image_size)
     try:
         with torch.no_grad(), AttackMode(classifier)("running"), classifier.recorder.recording() as features:
             classifier(pixels)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from arat_dist.attacks import APGD, NFGSM, PGD, Attack, Start, random_target
-from arat_dist.config import AttackConfig
+from arat_dist.config import AttackConfig, last_begun
 from arat_dist.losses import cross_entropy, dlr, hard_labels, kl, targeted_dlr
 
 NormStats = Literal["batch", "running"]
@@ -95,11 +95,7 @@ def eps_at(config: AttackConfig, epoch: float) -> float:
 
 def steps_at(config: AttackConfig, epoch: float) -> int:
     """Number of steps at an epoch: that of the last pair of `steps_from` that has begun, else `steps`."""
-    steps = config.steps or (1 if config.name == "fgsm" else 10)
-    for begin, later in config.steps_from:
-        if epoch >= begin:
-            steps = later
-    return steps
+    return last_begun(config.steps_from, epoch, config.steps or (1 if config.name == "fgsm" else 10))
 
 
 def step_size(config: AttackConfig, eps: float) -> float:

@@ -108,18 +108,21 @@ class Objective(nn.Module):
                 stack.enter_context(classifier.running(run))
             yield
 
-    def compile_backbones(self, batch_sizes: Set[int]) -> None:
+    def compile_backbones(self, batch_sizes: Set[int], num_sides: int = 1) -> None:
         """Compile every net for batches of these sizes; others, such as a run's last, run uncompiled.
 
         The passes of a step become graphs of their own (attack, adv branch, clean branch), by what differs between
-        them: an attacked net has no weight that asks for a gradient, so its graph computes none.
+        them: an attacked net has no weight that asks for a gradient, so its graph computes none. So do pictures of each
+        of `num_sides` sides, at the first step that has them; all graphs are kept.
         """
         from torch._dynamo import config as dynamo_config  # takes seconds
 
         # torch would cut every graph where DDP's buckets end, attacks included; DDP's hooks sit on the master weights.
         dynamo_config.optimize_ddp = False
         # Graphs of one net: two sizes of up to four kinds of passes, and a second net of the same class beside it.
-        dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, 16)
+        num_graphs = 16 * num_sides
+        dynamo_config.recompile_limit = max(dynamo_config.recompile_limit, num_graphs)
+        dynamo_config.accumulated_recompile_limit = max(dynamo_config.accumulated_recompile_limit, num_graphs)
         nets = [module for module in self.modules() if isinstance(module, Classifier)]
         for net in nets:
             forward = net.backbone.forward

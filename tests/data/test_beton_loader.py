@@ -20,6 +20,7 @@ from PIL import Image
 from arat_dist.config import DataConfig
 from arat_dist.data import augment
 from arat_dist.data.beton import BetonLoader
+from arat_dist.data.beton_writer import write_beton
 from arat_dist.data.fallback import FallbackLoader
 from arat_dist.data.loader import Loader, train_loader, val_loader
 from arat_dist.data.order import Keys, SampleOrder, eval_shares
@@ -188,6 +189,37 @@ def test_random_resized_crop_shows_its_box(open_loader: AnyLoader, large: Pictur
         box = augment.random_resized_box(9, key, *picture.shape[:2], 0.08, 1.0)
         expected = resized(picture, *map(int, box), side=48)
         assert_close(image, expected[:, ::-1] if random_word(9, key, 0) % 2 else expected)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_visit_at_another_size_is_that_of_a_loader_of_that_size(
+    open_loader: AnyLoader, large_beton: Path, threads: int
+):
+    """Sizes may change from any batch to the next, and back: a small batch leaves nothing in the large one's buffer."""
+    sides = [40, 24, 24, 56, 24, 40, 56, 56, 24, 40]
+    shares = list(np.arange(len(sides) * 5, dtype=np.int64).reshape(-1, 5))
+    settings: dict[str, Any] = {"batch_size": 5, "augment": "random_resized_crop", "flip": True, "seed": 4}
+    loader = open_loader(large_beton, image_size=40, sides=(24, 56), threads=threads, **settings)
+    with loader:
+        for share, side, batch in zip(shares, sides, loader.iterate(shares, sides.__getitem__), strict=True):
+            assert batch.images.shape == (5, 3, side, side)
+            assert batch.images.is_contiguous(memory_format=torch.channels_last)
+            found = dict(zip(share.tolist(), batch.images.permute(0, 2, 3, 1).clone().numpy(), strict=True))
+            assert_same(found, pixels_by_key(open_loader(large_beton, image_size=side, **settings), [share]))
+        assert next(iter(loader.iterate([np.arange(3)]))).images.shape == (3, 3, 40, 40)
+
+
+def test_pictures_taken_whole_are_so_at_other_sizes(open_loader: AnyLoader, tmp_path: Path):
+    pictures = [smooth_picture(np.random.default_rng(seed), 32, 32) for seed in range(4)]
+    write_beton(Pictures(pictures, [0, 1, 2, 0]), tmp_path / "whole.beton")
+    with open_loader(tmp_path / "whole.beton", batch_size=4, image_size=32, sides=[20], val_crop=0.5) as loader:
+        same, small = (
+            batch.images.permute(0, 2, 3, 1).clone().numpy()
+            for batch in loader.iterate([np.arange(4)] * 2, [32, 20].__getitem__)
+        )
+    np.testing.assert_array_equal(same, pictures)
+    for found, picture in zip(small, pictures, strict=True):
+        assert_close(found, resized(picture, 0, 0, 32, 32, 20))
 
 
 def test_centre_boxes():

@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mlflow.tracking import MlflowClient
 from small import NoisePictures, marked_processes, tiny_overrides
 
 from arat_dist.config import ClusterConfig, Recipe
 from arat_dist.data.beton_writer import write_beton
+from arat_dist.data.manifest import load_manifest
 from arat_dist.engine import Rank
 from arat_dist.errors import UserError, WorkersError
 from arat_dist.preflight import check_recipe
@@ -63,6 +65,7 @@ def trained(digits, tmp_path_factory) -> tuple[dict[str, Any], Path, list[dict[s
     """A run of two workers: its summary, its folder, the lines that were seen while it ran."""
     storage = tmp_path_factory.mktemp("trained")
     overrides = tiny_overrides(digits, storage) | {"cluster.workers": "2", "track.mlflow": "true"}
+    overrides["data.stage_to"] = str(storage / "local")
     del overrides["eval.limit"]
     seen: list[dict[str, Any]] = []
     summary = fit(load_recipe("digits", list(overrides.items())), "two", seen.append)
@@ -78,6 +81,31 @@ def test_two_workers_train_and_count_every_picture_once(trained):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [2, 4, 6]
     assert seen == lines
+
+
+def test_two_workers_read_copies_of_the_sets(trained, digits):
+    _, folder, _ = trained
+    copies = {path.name: path.read_bytes() for path in (folder.parent / "local").glob("*.beton")}
+    sets = [digits / f"{name}.beton" for name in ("train", "val")]
+    assert copies == {f"{load_manifest(path).sha256}.beton": path.read_bytes() for path in sets}
+
+
+def test_an_evaluation_copies_on_workers_alone(trained, tmp_path, monkeypatch):
+    _, folder, _ = trained
+    here = Rank(0, 1, torch.device("cpu"))  # what a worker would do, without the wait for one
+    monkeypatch.setattr("launcher.evaluate.run_workers", lambda work, *_: work(here))
+    write_beton(NoisePictures(10), tmp_path / "noise.beton")
+    copy = folder.parent / "local" / f"{load_manifest(tmp_path / 'noise.beton').sha256}.beton"
+    for workers in (0, 1):
+        result = evaluate_target(
+            str(folder),
+            weights=None,
+            val=str(tmp_path / "noise.beton"),
+            changes={"attack": "none"},
+            num_workers=workers,
+        )
+        assert result["num_samples"] == 10
+        assert copy.exists() == bool(workers)
 
 
 def test_mlflow_mirrors_the_last_line(trained):

@@ -57,6 +57,14 @@ def test_the_clean_start_of_a_shipped_recipe_keeps_its_schedule_in_proportion(na
     assert parse_recipe(clean.model_dump(mode="json")) == clean
 
 
+def test_the_clean_start_sees_the_sizes_of_pictures_in_proportion(digits, tmp_path):
+    keys = {"data__augment": "random_resized_crop", "data__image_sizes_from": "[[0, 16], [5, 24]]"}
+    recipe = load(digits, tmp_path, train__epochs="10", objective__clean_epochs="4", **keys)
+    assert isinstance(recipe.objective, ARRESTConfig)
+    clean = clean_recipe(recipe, recipe.objective)
+    assert clean.data.image_sizes_from == ((0, 16), (2, 24))
+
+
 def test_storage_elsewhere_needs_a_start_by_hand(digits, tmp_path):
     recipe = load(digits, tmp_path, cluster__storage="memory://arrest", track__mlflow="false")
     with pytest.raises(UserError, match=r"^model\.checkpoint: missing: with cluster\.storage memory://arrest"):
