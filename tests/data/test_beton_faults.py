@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +91,7 @@ from arat_dist.data.beton_writer import write_beton
 class Slow:
     description, class_names = "slow", ["one"]
     def __len__(self):
-        return 4000
+        return 40_000  # minutes: nothing here ends by itself
     def __getitem__(self, index):
         Path(sys.argv[2], str(os.getpid())).touch()
         time.sleep(0.005)
@@ -124,7 +124,8 @@ def writing(tmp_path: Path) -> Iterator[Callable[[int], tuple[subprocess.Popen[s
 
     yield start
     for process in started:
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
 
 
