@@ -14,9 +14,11 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from io import FileIO
+from itertools import cycle
 from pathlib import Path
-from typing import BinaryIO
 
 from arat_dist.config import DataConfig
 from arat_dist.data.manifest import Manifest, load_manifest, manifest_path
@@ -25,7 +27,7 @@ from arat_dist.errors import UserError
 LOG_EVERY_S = 10.0
 """Seconds between two lines on how far a copy is."""
 
-_CHUNK_BYTES = 2**23
+_CHUNK_BYTES = 2**26
 _LOCK = ".staging.lock"
 _PARTIAL = ".beton.partial"
 _IN_PLACE = "or null (reading in place), would be right"
@@ -105,7 +107,7 @@ def _make(beton: Path, copy: Path, manifest: Manifest) -> None:
         raise _no_room(beton, copy.parent, manifest)
     partial = copy.with_name(f".{copy.stem}{_PARTIAL}")
     try:
-        with beton.open("rb") as source, partial.open("wb") as target:
+        with FileIO(beton) as source, FileIO(partial, "w") as target:
             sha256 = _transfer(source, target, f"copying {beton} to {copy.parent}", manifest.num_bytes)
         if sha256 != manifest.sha256:
             raise UserError(
@@ -123,7 +125,7 @@ def _make(beton: Path, copy: Path, manifest: Manifest) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _transfer(source: BinaryIO, target: BinaryIO, title: str, num_bytes: int) -> str:
+def _transfer(source: FileIO, target: FileIO, title: str, num_bytes: int) -> str:
     """Copy the bytes onto the disk, with a line of progress now and then; returns their SHA-256 in hexadecimal.
 
     Args:
@@ -132,25 +134,41 @@ def _transfer(source: BinaryIO, target: BinaryIO, title: str, num_bytes: int) ->
         title: begins every line.
         num_bytes: what is expected, for the progress alone.
     """
-    digest, buffer, done = hashlib.sha256(), memoryview(bytearray(_CHUNK_BYTES)), 0
+    digest, done = hashlib.sha256(), 0
     began = said = time.monotonic()
-    while count := source.readinto(buffer):  # pyright: ignore[reportAttributeAccessIssue]
-        digest.update(buffer[:count])
-        target.write(buffer[:count])
-        done += count
-        if time.monotonic() - said >= LOG_EVERY_S:
-            os.fdatasync(target.fileno())  # or the rate would be the page cache's
-            said = time.monotonic()
-            rate = done / (said - began)
-            left_s = max(0, num_bytes - done) / rate
-            logger.info(
-                "%s: %.1f of %.1f GB, %.0f MB/s, %.0f s left", title, done / 1e9, num_bytes / 1e9, rate / 1e6, left_s
-            )
-    target.flush()
-    os.fsync(target.fileno())
+    with ThreadPoolExecutor(1, "staging") as writer:
+        written: Future[None] | None = None
+        # The next chunk is read and hashed while this one goes to the disk.
+        for buffer in cycle(memoryview(bytearray(_CHUNK_BYTES)) for _ in range(2)):
+            if not (count := source.readinto(buffer)):
+                break
+            digest.update(buffer[:count])
+            if written is not None:
+                written.result()
+            written = writer.submit(_write, target, buffer[:count])
+            done += count
+            if time.monotonic() - said >= LOG_EVERY_S:
+                said = time.monotonic()
+                _tell(title, done, num_bytes, said - began)
+        if written is not None:
+            written.result()
     took_s = time.monotonic() - began
     logger.info("%s: %.3g GB in %.1f s, %.0f MB/s", title, done / 1e9, took_s, done / 1e6 / max(took_s, 1e-3))
     return digest.hexdigest()
+
+
+def _write(target: FileIO, chunk: memoryview) -> None:
+    """Have a chunk on the disk: a rate of the page cache would tell nothing, and the end would come all at once."""
+    while chunk:
+        chunk = chunk[target.write(chunk) :]
+    os.fdatasync(target.fileno())
+
+
+def _tell(title: str, done: int, num_bytes: int, seconds: float) -> None:
+    """Log how far a copy is."""
+    rate = done / seconds
+    left_s = max(0, num_bytes - done) / rate
+    logger.info("%s: %.1f of %.1f GB, %.0f MB/s, %.0f s left", title, done / 1e9, num_bytes / 1e9, rate / 1e6, left_s)
 
 
 def _no_room(beton: str | Path, folder: Path, manifest: Manifest) -> UserError:
