@@ -8,20 +8,17 @@ be seeded, nor report an error, nor be stopped.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from arat_dist.data import augment as kernels
-from arat_dist.data.beton_table import read_contents
 from arat_dist.data.ffcv_import import (
     AllocationQuery,
     Compiler,
@@ -35,6 +32,7 @@ from arat_dist.data.ffcv_import import (
     ctypes_resize,
 )
 from arat_dist.data.loader import Batch
+from arat_dist.data.opened import Box, OpenedBeton, Shift
 from arat_dist.data.order import Keys
 from arat_dist.data.ring import NUM_SLOTS, Producer
 from arat_dist.errors import UserError
@@ -56,27 +54,23 @@ class _LabelDecoder(IntDecoder):
         return decode
 
 
-_Cut = tuple[Callable[..., None], tuple[object, ...]]
-"""A kernel that decodes and crops, and what it takes behind the table."""
-
-
 class _PictureDecoder(SimpleRGBImageDecoder):
     """Pictures by key, cropped by the kernel of their side.
 
     Its memory is the pictures uint8 [B,side,side,3] and whether each was readable, uint8 [B,1].
 
     Args:
-        kernels: for each side in pixels, what fills the memory.
+        cuts: how pictures of each side, in pixels, are cut.
         table: where each picture lies, int64 [N,5].
     """
 
-    def __init__(self, kernels: Mapping[int, _Cut], table: NDArray[np.int64]) -> None:
+    def __init__(self, cuts: Mapping[int, Shift | Box], table: NDArray[np.int64]) -> None:
         super().__init__()
-        self._kernels, self._table = kernels, table
+        self._cuts, self._table = cuts, table
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, Any]:
         """Shape of the largest pictures that come out, and the memory for them."""
-        shape, dtype = (max(self._kernels), max(self._kernels), 3), np.dtype("u1")
+        shape, dtype = (max(self._cuts), max(self._cuts), 3), np.dtype("u1")
         state = replace(previous_state, jit_mode=True, shape=shape, dtype=dtype)
         return state, (AllocationQuery(shape, dtype), AllocationQuery((1,), dtype))
 
@@ -85,102 +79,34 @@ class _PictureDecoder(SimpleRGBImageDecoder):
 
         def decode(keys: Keys, memory: Any, _: object, storage_state: Any) -> Any:
             pictures, readable = memory
-            kernel, settings = self._kernels[pictures.shape[1]]
-            kernel(keys, pictures, readable, storage_state[0], self._table, *settings)
+            cut = self._cuts[pictures.shape[1]]
+            kernel = kernels.decode_shifted if isinstance(cut, Shift) else kernels.decode_boxes
+            kernel(keys, pictures, readable, storage_state[0], self._table, *cut)
             return pictures
 
         return decode
 
 
-class BetonLoader:
-    """Pictures of a .beton by key, decoded ahead by a thread of its own.
+class BetonLoader(OpenedBeton):
+    """Pictures by FFCV, decoded ahead by a thread that shares each batch among others.
 
-    Bit-identical for any number of threads, any batch size and any world size.
+    Images and labels lie in a ring of buffers: see `Batch`.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        batch_size: int,
-        image_size: int,
-        augment: Literal["none", "pad_crop", "random_resized_crop"] = "none",
-        padding: int = 4,
-        crop_scale: tuple[float, float] = (0.08, 1.0),
-        flip: bool = False,
-        val_crop: float = 1.0,
-        sides: Collection[int] = (),
-        seed: int = 0,
-        threads: int = 1,
-    ) -> None:
-        """Open a .beton.
-
-        Args:
-            path: the file; `check_beton` is the caller's to call.
-            batch_size: pictures of the largest batch that will be asked for.
-            image_size: side of the pictures that come out, in pixels.
-            augment: pad_crop shifts a picture of image_size within a black border; random_resized_crop resizes a
-                random box; none resizes the centre, or takes pictures that all have image_size as they are.
-            padding: border of pad_crop, in pixels.
-            crop_scale: range of the area of random_resized_crop, as a fraction of the picture's.
-            flip: mirror half of the visits left to right.
-            val_crop: side of the centre of `none`, as a fraction of the shorter side.
-            sides: further sides that `iterate` may be asked for, in pixels; not with pad_crop.
-            seed: fixes crops and flips together with the keys.
-            threads: threads that decode.
-
-        Raises:
-            UserError: the file is missing or broken, or pad_crop meets pictures of another size.
-        """
-        self.path, self.batch_size = Path(path), batch_size
-        table = read_contents(self.path).table
+    def _prepare(self) -> None:
         reader = Reader(str(self.path))
-        fits = bool(np.all(table[:, 2:4] == image_size))
-        if augment == "pad_crop" and not fits:
-            raise UserError(
-                f"{self.path}: pad_crop needs pictures of {image_size}x{image_size} (data.image_size); "
-                "data.augment: random_resized_crop would be right"
-            )
-        assert augment != "pad_crop" or set(sides) <= {image_size}
-        # Pictures that are taken whole at image_size are so at other sizes.
-        box = augment == "random_resized_crop", *map(float, crop_scale), 1.0 if fits else float(val_crop)
-        cuts: Mapping[int, _Cut] = dict.fromkeys({image_size, *sides}, (kernels.decode_boxes, (seed, flip, *box)))
-        if fits and augment != "random_resized_crop":
-            border = padding if augment == "pad_crop" else 0
-            cuts = {**cuts, image_size: (kernels.decode_shifted, (seed, flip, border))}
-        decoder = _PictureDecoder(cuts, table)
-        self._image_size = image_size
-        self._num_samples = len(table)
+        decoder = _PictureDecoder(self.cuts, self.contents.table)
         self._metadata = reader.metadata
         self._graph, self._run = _join_decoders(reader, {"image": decoder, "label": _LabelDecoder()})
         self._file = np.memmap(self.path, np.uint8, "r")
-        self._num_threads, self._pool = threads, ThreadPoolExecutor(threads, "beton-decode")
+        self._pool = ThreadPoolExecutor(self.threads, "beton-decode")
         self._producers: set[Producer] = set()
 
-    @property
-    def num_samples(self) -> int:
-        """Pictures in the set."""
-        return self._num_samples
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """Label of each picture as the file has it, int64 [N]."""
-        return np.array(self._metadata["f1"])
-
     def iterate(self, shares: Sequence[Keys], side_at: Callable[[int], int] | None = None) -> Iterator[Batch]:
-        """Batches in the order of `shares`: the i-th holds exactly the keys int64 [B] of shares[i].
-
-        Its pictures have the side side_at(i), in pixels, by default image_size; where that changes, the thread goes on
-        in the same buffers. Shares are asked for one by one, a few batches ahead. Images and labels lie in a ring of
-        buffers: see `Batch`. Leaving the loop early stops the thread.
-
-        Raises:
-            UserError: a picture can't be decoded.
-            Exception: whatever asking for a share raised.
-        """
+        """See `OpenedBeton`; where the side changes, the thread goes on in the same buffers."""
         # Pinned where there is a GPU, and so allocated in this thread, whose current device is the right one.
         memory = self._graph.allocate_memory(self.batch_size, NUM_SLOTS)["operation"]
-        producer = Producer(partial(self._fill, memory, side_at or (lambda _: self._image_size)), shares)
+        producer = Producer(partial(self._fill, memory, side_at or (lambda _: self.image_size)), shares)
         self._producers.add(producer)
         try:
             yield from producer.batches()
@@ -193,22 +119,12 @@ class BetonLoader:
             producer.stop()
         self._pool.shutdown()
 
-    def __enter__(self) -> Self:
-        """Itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close it."""
-        self.close()
-
     def unreadable(self) -> Iterator[tuple[int, Keys]]:
         """Decode every picture, in order; yields the number done so far and the indices int64 [n] of broken ones."""
         memory = self._graph.allocate_memory(self.batch_size, 1)["operation"]
         for start in range(0, self.num_samples, self.batch_size):
             indices = np.arange(start, min(start + self.batch_size, self.num_samples))
-            _, readable, _ = self._decode_parts(memory, indices, 0, self._image_size)
+            _, readable, _ = self._decode_parts(memory, indices, 0, self.image_size)
             yield int(indices[-1]) + 1, indices[readable[:, 0] == 0]
 
     def _fill(self, memory: dict[int, Any], side_at: Callable[[int], int], at: int, keys: Keys, slot: int) -> Batch:
@@ -218,7 +134,7 @@ class BetonLoader:
         pictures, readable, labels = self._decode_parts(memory, keys, slot, side_at(at))
         if not readable.all():
             index = int(keys[np.flatnonzero(readable == 0)[0]] % self.num_samples)
-            raise UserError(f"{self.path}: picture {index} can't be decoded; write it again with `arat data write`")
+            raise UserError(self._undecodable(index))
         images = torch.from_numpy(pictures).permute(0, 3, 1, 2)
         return Batch(images, torch.from_numpy(labels[:, 0]), torch.from_numpy(keys))
 
@@ -230,14 +146,14 @@ class BetonLoader:
         """
         count = len(keys)
         # Parts smaller than one a thread: pictures differ in size.
-        length = count if self._num_threads == 1 else -(-count // (4 * self._num_threads))
+        length = count if self.threads == 1 else -(-count // (4 * self.threads))
         parts = [slice(start, min(start + length, count)) for start in range(0, count, max(1, length))]
         (picture_node, (pictures, readable)), (label_node, labels) = memory.items()
         # The slot holds the largest pictures: smaller ones lie at its beginning.
         pictures = pictures[slot].reshape(-1)[: count * side * side * 3].reshape(count, side, side, 3)
         readable, labels = readable[slot][:count], labels[slot][:count]
         run = partial(self._decode, {picture_node: (pictures, readable), label_node: labels}, keys)
-        list(map(run, parts) if self._num_threads == 1 else self._pool.map(run, parts))
+        list(map(run, parts) if self.threads == 1 else self._pool.map(run, parts))
         return pictures, readable, labels
 
     def _decode(self, memory: dict[int, Any], keys: Keys, part: slice) -> None:

@@ -6,11 +6,10 @@ a little: torchvision decodes and resizes in its own way. So a run stays with on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,73 +20,23 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2.functional import resized_crop
 
 from arat_dist.data import augment as kernels
-from arat_dist.data.beton_table import Contents, read_contents
+from arat_dist.data.beton_table import Contents
 from arat_dist.data.loader import Batch
+from arat_dist.data.opened import Box, OpenedBeton, Shift
 from arat_dist.data.order import Keys
 from arat_dist.errors import UserError
 
-Crop = Callable[[NDArray[np.uint8], int, int], Tensor]
-"""From a picture uint8 [H,W,3], its key and a side to what comes out, uint8 [3,side,side]."""
 
+class FallbackLoader(OpenedBeton):
+    """Pictures by torchvision, decoded ahead by processes; each batch lies in memory of its own."""
 
-class FallbackLoader:
-    """`BetonLoader` without FFCV; the same arguments, the same batches but for the pixels of resized pictures."""
-
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        batch_size: int,
-        image_size: int,
-        augment: Literal["none", "pad_crop", "random_resized_crop"] = "none",
-        padding: int = 4,
-        crop_scale: tuple[float, float] = (0.08, 1.0),
-        flip: bool = False,
-        val_crop: float = 1.0,
-        sides: Collection[int] = (),
-        seed: int = 0,
-        threads: int = 1,
-    ) -> None:
-        """Open a .beton; `threads` is the number of processes that decode. See `BetonLoader`.
-
-        Raises:
-            UserError: the file is missing or broken, or pad_crop meets pictures of another size.
-        """
-        self.path, self.batch_size = Path(path), batch_size
-        contents = read_contents(self.path)
-        table = contents.table
-        fits = bool(np.all(table[:, 2:4] == image_size))
-        if augment == "pad_crop" and not fits:
-            raise UserError(
-                f"{self.path}: pad_crop needs pictures of {image_size}x{image_size} (data.image_size); "
-                "data.augment: random_resized_crop would be right"
-            )
-        assert augment != "pad_crop" or set(sides) <= {image_size}
-        area = crop_scale if augment == "random_resized_crop" else None
-        # Pictures that are taken whole at image_size are so at other sizes.
-        crops: dict[int, Crop] = dict.fromkeys({image_size, *sides}, _Box(seed, flip, area, 1.0 if fits else val_crop))
-        if fits and augment != "random_resized_crop":
-            crops[image_size] = _Shift(seed, flip, padding if augment == "pad_crop" else 0)
-        self._num_samples, self._image_size, self._threads = len(table), image_size, threads
-        self._pictures = _Pictures(self.path, contents, crops)
+    def _prepare(self) -> None:
         self._running: set[Iterator[Batch]] = set()
         self._is_closed = False
 
-    @property
-    def num_samples(self) -> int:
-        """Pictures in the set."""
-        return self._num_samples
-
     def iterate(self, shares: Sequence[Keys], side_at: Callable[[int], int] | None = None) -> Iterator[Batch]:
-        """Batches in the order of `shares`, decoded ahead, each in its own memory; leaving the loop ends all processes.
-
-        Pictures have the side side_at(i), in pixels, by default image_size.
-
-        Raises:
-            UserError: a picture can't be decoded.
-            Exception: whatever asking for a share raised.
-        """
-        batches = self._batches(_Checked(shares, self.batch_size, side_at or (lambda _: self._image_size)))
+        """See `OpenedBeton`."""
+        batches = self._batches(_Checked(shares, self.batch_size, side_at or (lambda _: self.image_size)))
         self._running.add(batches)
         try:
             yield from batches
@@ -102,27 +51,17 @@ class FallbackLoader:
         for batches in list(self._running):
             batches.close()  # pyright: ignore[reportAttributeAccessIssue]  (a generator)
 
-    def __enter__(self) -> Self:
-        """Itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close it."""
-        self.close()
-
     def _batches(self, checked: _Checked) -> Iterator[Batch]:
         loader = DataLoader(
-            self._pictures,
+            _Pictures(self.path, self.contents, self.cuts),
             batch_sampler=checked,  # pyright: ignore[reportArgumentType]
-            num_workers=self._threads,
+            num_workers=self.threads,
             collate_fn=_as_is,
             pin_memory=torch.cuda.is_available(),
         )
         for batch in loader:
-            if isinstance(batch, str):
-                raise UserError(batch)
+            if isinstance(batch, int):
+                raise UserError(self._undecodable(batch))
             yield Batch(*batch)
         if checked.error is not None:
             raise checked.error
@@ -161,23 +100,26 @@ def _as_is(batch: Any) -> Any:
 class _Pictures(Dataset[Any]):
     """Batches by their keys; each process opens the file for itself."""
 
-    def __init__(self, path: Path, contents: Contents, crops: Mapping[int, Crop]) -> None:
-        self._path, self._contents, self._crops = path, contents, crops
+    def __init__(self, path: Path, contents: Contents, cuts: Mapping[int, Shift | Box]) -> None:
+        self._path, self._contents, self._cuts = path, contents, cuts
 
     @cached_property
     def _file(self) -> NDArray[np.uint8]:
         return np.memmap(self._path, np.uint8, "r")
 
-    def __getitems__(self, share: tuple[int, list[int]]) -> tuple[Tensor, Tensor, Tensor] | str:
-        """Images uint8 [B,3,side,side] channels-last, labels, keys int64 [B]; or the line that says what is wrong."""
+    def __getitems__(self, share: tuple[int, list[int]]) -> tuple[Tensor, Tensor, Tensor] | int:
+        """Images uint8 [B,3,side,side] channels-last, labels, keys int64 [B]; or the index of what can't be decoded."""
         (side, keys), (table, labels) = share, self._contents
         images = torch.empty(len(keys), side, side, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-        indices = [key % len(table) for key in keys]
+        indices, cut = [key % len(table) for key in keys], self._cuts[side]
         for image, key, index in zip(images, keys, indices, strict=True):
             try:
-                image.copy_(self._crops[side](self._read(*table[index].tolist()), key, side))
+                picture = self._read(*table[index].tolist())
             except (RuntimeError, ValueError):
-                return f"{self._path}: picture {index} can't be decoded; write it again with `arat data write`"
+                return index
+            image.copy_(_shifted(picture, key, cut) if isinstance(cut, Shift) else _boxed(picture, key, side, cut))
+            if cut.flip and kernels.is_flipped(cut.seed, key):
+                image.copy_(image.flip(2))
         return images, torch.from_numpy(labels[indices]), torch.tensor(keys, dtype=torch.int64)
 
     def _read(self, start: int, stop: int, height: int, width: int, is_jpeg: int) -> NDArray[np.uint8]:
@@ -191,36 +133,18 @@ class _Pictures(Dataset[Any]):
         return picture.permute(1, 2, 0).numpy()
 
 
-class _Shift:
-    """Pictures of the right size, shifted within a black border."""
-
-    def __init__(self, seed: int, flip: bool, padding: int) -> None:
-        self._seed, self._flip, self._padding = seed, flip, padding
-
-    def __call__(self, picture: NDArray[np.uint8], key: int, side: int) -> Tensor:
-        """See `Crop`."""
-        cut = np.empty((side, side, 3), np.uint8)
-        kernels.copy_shifted(picture, cut, *kernels.shift(self._seed, key, self._padding))
-        return _finished(torch.from_numpy(cut).permute(2, 0, 1), self._flip and kernels.is_flipped(self._seed, key))
+def _shifted(picture: NDArray[np.uint8], key: int, cut: Shift) -> Tensor:
+    """uint8 [H,W,3] -> uint8 [3,H,W]."""
+    moved = np.empty_like(picture)
+    kernels.copy_shifted(picture, moved, *kernels.shift(cut.seed, key, cut.border))
+    return torch.from_numpy(moved).permute(2, 0, 1)
 
 
-class _Box:
-    """A box of a picture of any size, resized; `area` None takes the centre."""
-
-    def __init__(self, seed: int, flip: bool, area: tuple[float, float] | None, centre: float) -> None:
-        self._seed, self._flip, self._area, self._centre = seed, flip, area, centre
-
-    def __call__(self, picture: NDArray[np.uint8], key: int, side: int) -> Tensor:
-        """See `Crop`."""
-        size = picture.shape[:2]
-        if self._area is None:
-            box = kernels.centre_box(*size, self._centre)
-        else:
-            box = kernels.random_resized_box(self._seed, key, *size, *map(float, self._area))
-        image = torch.from_numpy(picture).permute(2, 0, 1)
-        cut = resized_crop(image, *map(int, box), size=[side, side], antialias=True)
-        return _finished(cut, self._flip and kernels.is_flipped(self._seed, key))
-
-
-def _finished(image: Tensor, is_flipped: bool) -> Tensor:
-    return image.flip(2) if is_flipped else image
+def _boxed(picture: NDArray[np.uint8], key: int, side: int, cut: Box) -> Tensor:
+    """uint8 [H,W,3] -> uint8 [3,side,side]."""
+    height, width = picture.shape[:2]
+    if cut.is_random:
+        box = kernels.random_resized_box(cut.seed, key, height, width, cut.min_area, cut.max_area)
+    else:
+        box = kernels.centre_box(height, width, cut.centre)
+    return resized_crop(torch.from_numpy(picture).permute(2, 0, 1), *map(int, box), size=[side, side], antialias=True)

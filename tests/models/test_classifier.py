@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from arat_dist.config import ModelConfig
+from arat_dist.config import DataConfig, ModelConfig
 from arat_dist.errors import UserError
+from arat_dist.models.backbone import create_backbone, with_centre_crop
 from arat_dist.models.classifier import Classifier, _probe, build_classifier
 from arat_dist.models.split_norm import SplitNorm, fold_branch
 from arat_dist.models.taps import automatic_taps, pool
@@ -309,3 +310,12 @@ def test_a_net_may_have_no_taps():
 def test_automatic_taps_say_so_where_timm_names_no_stages():
     with pytest.raises(UserError, match=r"^objective\.taps: auto"):
         automatic_taps(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_the_centre_crop_is_timms_unless_the_recipe_says_it():
+    data = DataConfig(train="x.beton", val="y.beton", num_classes=10, image_size=32)
+    for name, crop in [("resnet50", 0.95), ("vit_tiny_patch16_224", 0.9), ("cifar_resnet18", 1.0)]:
+        net = create_backbone(ModelConfig(name=name), num_classes=10, image_size=32)
+        assert timm.get_pretrained_cfg(name).crop_pct == crop
+        assert with_centre_crop(data, net).val_crop == crop
+        assert with_centre_crop(data.model_copy(update={"val_crop": 0.5}), net).val_crop == 0.5
