@@ -139,7 +139,8 @@ def scaled_dot_product_attention(
     """`torch.nn.functional.scaled_dot_product_attention`; this version without mask and dropout, 4 dimensions."""
     is_plain = attn_mask is None and dropout_p == 0 and not is_causal and not any(others.values())
     num_probabilities = query.numel() // query.shape[-1] * key.shape[-2]
-    if not is_plain or query.ndim != 4 or query.shape[1] != key.shape[1] or num_probabilities > _MOST_PROBABILITIES:
+    fits = query.ndim == 4 and query.shape[1] == key.shape[1] and query.shape[-1] == value.shape[-1]
+    if not (is_plain and fits and num_probabilities <= _MOST_PROBABILITIES):
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **others)
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
@@ -152,10 +153,9 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query = query * query.shape[-1] ** -0.5
-        scores = _wide(query @ key.mT)
-        log_sum = scores.logsumexp(-1, keepdim=True)
-        out = (scores - log_sum).exp().to(value.dtype) @ value
+        # What torch itself runs on a CPU, but with the logarithm of each row's sum.
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
+        out, log_sum = fused(query, key, value)
         ctx.save_for_backward(query, key, value, out, log_sum)
         return out
 
@@ -163,14 +163,14 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad,) = grads
         query, key, value, out, log_sum = ctx.saved_tensors
-        probabilities = (_wide(query @ key.mT) - log_sum).exp()
+        scale = query.shape[-1] ** -0.5
+        # Two products in one: the first alone needs no gradient, and a compiled graph would keep its result from the
+        # forward pass, one number a pair of tokens.
+        scores, slopes = torch.stack([query, grad]) @ torch.stack([key, value]).mT
+        probabilities = (_wide(scores) * scale - log_sum.unsqueeze(-1)).exp()
         inner = (_wide(grad) * _wide(out)).sum(-1, keepdim=True)
-        slopes = (probabilities * (_wide(grad @ value.mT) - inner)).to(query.dtype)
-        return (
-            slopes @ key * query.shape[-1] ** -0.5,
-            slopes.mT @ query,
-            probabilities.to(query.dtype).mT @ grad,
-        )
+        slopes = (probabilities * (_wide(slopes) - inner) * scale).to(query.dtype)
+        return slopes @ key, slopes.mT @ query, probabilities.to(query.dtype).mT @ grad
 
 
 _VERSIONS: dict[Callable[..., Any], Callable[..., Any]] = {
