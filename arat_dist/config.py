@@ -106,7 +106,7 @@ class DataConfig(Section):
     """RandAugment's operations a training picture and their magnitude, 0 to 10 (torchvision's bin over 3), such as
     [2, 9]; after the jitter. Default: none."""
     val_crop: Annotated[Number, Field(gt=0, le=1)] | None = None
-    """Side of the centre crop for validation, as a fraction of the shorter side; default: timm's for the net."""
+    """Side of the centre crop (validation, or augment none), as a fraction of the shorter side; default: timm's."""
     mixup: NonNegative = 0.0
     """Training pictures are blended in pairs, their labels too; alpha of the Beta distribution, 0: off."""
     cutmix: NonNegative = 0.0

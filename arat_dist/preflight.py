@@ -6,6 +6,7 @@ import torch
 
 from arat_dist.averaging import swa_first_step
 from arat_dist.config import ClusterConfig, DataConfig, Recipe
+from arat_dist.data.loader import loader_class
 from arat_dist.data.manifest import check_data
 from arat_dist.engine import check_engine
 from arat_dist.errors import UserError
@@ -26,6 +27,8 @@ def check_recipe(recipe: Recipe) -> None:
     """
     check_engine(recipe.engine)
     check_data(recipe.data)
+    if recipe.cluster.address is None:  # else the machines that load are others
+        loader_class(recipe.data)
     check_shares(recipe)
     check_averages(recipe)
     check_gpus(recipe.cluster)

@@ -19,13 +19,13 @@ def check_fields(recipe: Recipe, source: str) -> None:
 def _radius(recipe: Recipe) -> Iterator[str]:
     attack, evaluation = recipe.attack, recipe.eval
     radii = [("attack.eps", attack.norm, attack.eps, recipe.data.training_sizes[0])]
-    if evaluation.eps is not None:
-        radii.append(("eval.eps", evaluation.norm or attack.norm, evaluation.eps, recipe.data.image_size))
+    key, norm = "eval.eps" if evaluation.eps is not None else "attack.eps", evaluation.norm or attack.norm
+    radii.append((key, norm, evaluation.eps or attack.eps, recipe.data.image_size))
     for key, norm, eps, side in radii:
         if norm == "linf" and eps > 1:
             yield f"{key}: {eps:g}: pixels are in [0,1], so linf eps is at most 1 (8/255 is usual)"
         if norm == "l1" and eps > 3 * side**2:
-            yield f"{key}: {eps:g}: pixels are in [0,1], so l1 eps is at most 3*image_size^2 ({3 * side**2})"
+            yield f"{key}: {eps:g}: pixels are in [0,1], so l1 eps is at most 3*{side}^2 ({3 * side**2})"
     if evaluation.norm not in (None, attack.norm) and evaluation.eps is None:
         yield f"eval.norm: {evaluation.norm}: give eval.eps too, attack.eps is a radius in {attack.norm}"
 

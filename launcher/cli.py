@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.epilog = "Recipe keys can be overridden, as in --model.args '{channels: [16, 32, 64, 128]}'."
     verb = _verb(bench, "data", verbs.bench_data, "pictures a second of the loaders, of FFCV's own and of torchvision")
     verb.add_argument(
-        "folder", metavar="FOLDER", type=Path, help="pictures in class folders; a few thousand are enough"
+        "folder", metavar="FOLDER", type=Path, help="pictures in class folders, six batches a core at least"
     )
     verb.add_argument("--image-size", type=_positive, default=224, help="side of the crops, in pixels (224)")
     verb.add_argument("--batch-size", type=_positive, default=64, help="(64)")

@@ -18,7 +18,16 @@ from typing import Any, TypeVar
 import torch
 
 from arat_dist.checkpoint import checkpoint_names
-from arat_dist.config import ARRESTConfig, AttackConfig, ClusterConfig, LBGATConfig, ModelConfig, Recipe, StandardConfig
+from arat_dist.config import (
+    ARRESTConfig,
+    AttackConfig,
+    ClusterConfig,
+    DataConfig,
+    LBGATConfig,
+    ModelConfig,
+    Recipe,
+    StandardConfig,
+)
 from arat_dist.data import staging
 from arat_dist.data.manifest import load_manifest
 from arat_dist.engine import Rank
@@ -46,6 +55,10 @@ OnLine = Callable[[dict[str, Any]], None]
 
 # Nothing but a recipe goes through Ray's object store; its default is 30 % of the machine's memory.
 _OBJECT_STORE_BYTES = 128 * 2**20
+_TIMEOUT_S = 1800
+"""How long a collective waits for all ranks: Ray's own value."""
+_COPYING_S = 6 * 3600
+"""The same where data is copied to each machine's disk: who is done waits for who still copies."""
 
 
 def fit(recipe: Recipe, name: str, on_line: OnLine | None = None) -> dict[str, Any]:
@@ -149,27 +162,28 @@ def _train(recipe: Recipe, run: Run, mirror: Mirror | None, on_line: OnLine | No
             if mirror:
                 mirror.start()
             work = partial(train, with_absolute_paths(recipe), Run(run.storage.uri, run.name))
-            trained = run_workers(work, recipe.cluster, run.name)
+            trained = run_workers(work, recipe.cluster, run.name, recipe.data)
     finally:
         if mirror:
             mirror.finish(trained)
     return trained
 
 
-def run_workers(work: Callable[[Rank], T], cluster: ClusterConfig, name: str) -> T:
+def run_workers(work: Callable[[Rank], T], cluster: ClusterConfig, name: str, data: DataConfig | None = None) -> T:
     """Call `work` on every rank of a worker group and return the first rank's answer.
 
     Args:
         work: picklable; called with the rank once its process group is up.
         cluster: workers 0 calls it in this process.
         name: the group's name in Ray.
+        data: what the workers load, if they do.
     """
     if cluster.workers == 0:
         torch.set_num_threads(cluster.cpus_per_worker)
         return work(Rank(0, 1, torch.device("cuda" if cluster.gpus_per_worker else "cpu")))
     connect(cluster)
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     resources = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
     trainer = TorchTrainer(
@@ -177,6 +191,7 @@ def run_workers(work: Callable[[Rank], T], cluster: ClusterConfig, name: str) ->
         scaling_config=ScalingConfig(
             num_workers=cluster.workers, use_gpu=bool(cluster.gpus_per_worker), resources_per_worker=resources
         ),
+        torch_config=TorchConfig(timeout_s=_TIMEOUT_S if data is None or data.stage_to is None else _COPYING_S),
         # Runs resume from their own checkpoints, so each launch is a new one to Ray.
         run_config=RunConfig(
             name=f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}",

@@ -71,9 +71,10 @@ def data_write(args: argparse.Namespace) -> dict[str, Any]:
 
 def data_check(args: argparse.Namespace) -> dict[str, Any]:
     """`arat data check`."""
-    from arat_dist.data.manifest import check_beton
+    from arat_dist.data.manifest import check_beton, check_figures
 
     manifest = check_beton(args.file, hash=True)
+    check_figures(args.file, manifest)
     if args.deep:
         _decode_all(args.file, manifest)
     _print_unless_json(

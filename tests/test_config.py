@@ -314,10 +314,8 @@ NOT_COMPILED = {"train__compile": False}
 CLASHES = [
     Clash({"attack__eps": 2}, ["attack.eps: 2", "at most 1"], {"attack__norm": "l2"}),
     Clash({"eval__eps": 2}, ["eval.eps: 2", "at most 1"], {"eval__norm": "l2"}),
-    Clash(
-        {"attack__norm": "l1", "attack__eps": 3073}, ["attack.eps: 3073", "image_size^2 (3072)"], {"attack__eps": 3072}
-    ),
-    Clash({"eval__norm": "l1", "eval__eps": 3073}, ["eval.eps: 3073", "image_size^2 (3072)"], {"eval__eps": 3072}),
+    Clash({"attack__norm": "l1", "attack__eps": 3073}, ["attack.eps: 3073", "3*32^2 (3072)"], {"attack__eps": 3072}),
+    Clash({"eval__norm": "l1", "eval__eps": 3073}, ["eval.eps: 3073", "3*32^2 (3072)"], {"eval__eps": 3072}),
     Clash({"attack__norm": "l1", "attack__eps": 12, "eval__eps": 3073}, ["eval.eps: 3073"], {"eval__norm": "l2"}),
     Clash({"eval__norm": "l2"}, ["eval.norm: l2", "eval.eps"], {"eval__eps": 0.5}),
     Clash({"attack__step_size": 0.5}, ["attack.step_size: 0.5", "attack.eps"], {"attack__eps": 0.25}),
@@ -556,6 +554,11 @@ def test_another_attack_takes_no_step_from_the_one_before(recipe_file, caplog):
         ),
         ({"data__image_sizes_from": [[0, 7]]}, "data.image_sizes_from.0.1: 7: "),
         ({"data__image_sizes_from": [[0, 16]], "attack__norm": "l1", "attack__eps": 800}, "attack.eps: 800: "),
+        # The evaluation takes it over, at data.image_size.
+        (
+            {"data__image_sizes_from": [[0, 64]], "attack__norm": "l1", "attack__eps": 5000},
+            "attack.eps: 5000: pixels are in [0,1], so l1 eps is at most 3*32^2 (3072)",
+        ),
         ({"data__stage_to": "local"}, "data.stage_to: 'local': an absolute path would be right"),
         ({"data__stage_to": "s3://bucket/x"}, "data.stage_to: 's3://bucket/x': an absolute path would be right"),
         ({"attack__eps_warmup_epochs": 10}, "attack.eps_warmup_epochs: 10: less than train.epochs (10)"),

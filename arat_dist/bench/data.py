@@ -1,6 +1,7 @@
 """`arat bench data`: pictures a second of both loaders, of FFCV's own and of plain torchvision.
 
-All take the same files, cut random boxes, mirror half of them, and yield uint8 batches in host memory.
+All take the same pictures (a .beton of them, or the files), cut random boxes, mirror half of them, and yield uint8
+batches in host memory.
 """
 
 from __future__ import annotations
@@ -79,8 +80,11 @@ def bench_data(
     if cores > len(available):
         raise UserError(f"--cores: {cores}: this process may use {len(available)}")
     source = open_source(f"folder:{folder}")
-    if len(source) < 3 * batch_size:
-        raise UserError(f"--batch-size: {batch_size}: {folder} has {len(source)} pictures; three batches are needed")
+    needed = 6 * cores * batch_size
+    if len(source) < needed:
+        raise UserError(
+            f"{folder}: {len(source):,} pictures; {needed:,} are needed for {cores} cores and batches of {batch_size}"
+        )
     with ExitStack() as stack:
         stack.enter_context(_pinned(available[:cores]))
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -90,12 +94,12 @@ def bench_data(
         loaders = _Loaders(stack, folder, beton, image_size, batch_size, cores)
         for name, epoch in loaders.epochs.items():
             on_progress(f"warming up: {name}")
-            _rate(epoch(), batch_size)
+            _rate(epoch(), batch_size, cores)
         rates: dict[str, list[float]] = {name: [] for name in loaders.epochs}
         for i in range(repeats):
             on_progress(f"round {i + 1} of {repeats}")
             for name in list(rates)[:: -1 if i % 2 else 1]:
-                rates[name].append(_rate(loaders.epochs[name](), batch_size))
+                rates[name].append(_rate(loaders.epochs[name](), batch_size, cores))
         step_s = _STEP * batch_size / statistics.median(rates["ffcv"])
         on_progress("waiting")
         waits = {name: _wait_fraction(epoch(), step_s) for name, epoch in loaders.epochs.items()}
@@ -187,9 +191,9 @@ def _pinned(cores: list[int]) -> Iterator[None]:
         torch.set_num_threads(num_threads)
 
 
-def _rate(batches: Iterable[Any], batch_size: int) -> float:
-    """Pictures a second from the first batch to the last, all of them full."""
-    times = [time.perf_counter() for _ in batches]
+def _rate(batches: Iterable[Any], batch_size: int, cores: int) -> float:
+    """Pictures a second of full batches, once those are gone that were begun before the first was there."""
+    times = [time.perf_counter() for _ in batches][2 * cores :]
     return batch_size * (len(times) - 1) / (times[-1] - times[0])
 
 

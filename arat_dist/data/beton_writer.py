@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import mmap
 import os
+import secrets
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from arat_dist.data.ffcv_import import (
     handle_sample,
 )
 from arat_dist.data.manifest import Manifest, file_sha256, manifest_path
-from arat_dist.data.pictures import Picture
+from arat_dist.data.pictures import Picture, UnreadablePictureError
 from arat_dist.data.sources import Source
 from arat_dist.errors import UserError
 
@@ -84,7 +85,9 @@ def write_beton(
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out}: can't be written: {error.strerror}") from error
-    temp, temp_manifest = (out.with_name(f".{out.name}.{os.getpid()}.{kind}") for kind in ("tmp", "manifest"))
+    # Not the process's number: in containers it is often the same, and what a killed one left lies there still.
+    token = secrets.token_hex(4)
+    temp, temp_manifest = (out.with_name(f".{out.name}.{token}.{kind}") for kind in ("tmp", "manifest"))
     try:
         image = RGBImageField("smart", smart_threshold=3 * raw_below - 1, jpeg_quality=jpeg_quality)
         page_bytes = 1 << (3 * max(max_side**2, raw_below) - 1).bit_length()
@@ -160,11 +163,11 @@ class _Shrunk:
         try:
             picture, label = self.source[index]
             return self._shrink(picture), label
-        except UserError:
+        except (UserError, MemoryError):
             raise
         except Exception as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"{self.source.name_of(index)}: not a readable picture: {reason}") from error
+            raise UnreadablePictureError(f"{self.source.name_of(index)}: not a readable picture: {reason}") from error
 
     def _shrink(self, picture: Picture) -> Picture:
         height, width = picture.shape[:2]
@@ -321,7 +324,7 @@ class _Job:
         for index in indices:
             try:
                 sample = self.pictures[index]
-            except UserError as error:
+            except UnreadablePictureError as error:
                 if not self.skip:
                     raise
                 done.unreadable.append(str(error))

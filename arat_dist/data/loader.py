@@ -72,7 +72,7 @@ def train_loader(data: DataConfig, seed: int, max_share: int) -> Loader:
             can't be copied to data.stage_to.
     """
     check_augment(data, load_manifest(data.train))
-    return _kind(data)(
+    return loader_class(data)(
         local_beton(data.train, data.stage_to),
         batch_size=max_share,
         image_size=data.image_size,
@@ -93,7 +93,7 @@ def val_loader(data: DataConfig, batch_size: int) -> Loader:
     Raises:
         UserError: the file is missing or broken, data.loader is out of reach, or it can't be copied to data.stage_to.
     """
-    return _kind(data)(
+    return loader_class(data)(
         local_beton(data.val, data.stage_to),
         batch_size=batch_size,
         image_size=data.image_size,
@@ -107,8 +107,12 @@ def _centre(data: DataConfig) -> float:
     return 1.0 if data.val_crop is None else data.val_crop
 
 
-def _kind(data: DataConfig) -> type[BetonLoader] | type[FallbackLoader]:
-    """What the recipe asks for; the other is never taken in its place, since its pixels differ."""
+def loader_class(data: DataConfig) -> type[BetonLoader] | type[FallbackLoader]:
+    """What the recipe asks for; the other is never taken in its place, since its pixels differ.
+
+    Raises:
+        UserError: ffcv is asked for and can't be imported.
+    """
     # ffcv, numba and opencv take about a second to import: only who loads pictures pays.
     if data.loader == "torchvision":
         from arat_dist.data.fallback import FallbackLoader

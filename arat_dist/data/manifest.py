@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from arat_dist.config import DataConfig
+from arat_dist.data.beton_table import read_contents
 from arat_dist.errors import UserError
 
 FORMAT_VERSION = 1
@@ -113,6 +115,23 @@ def check_beton(path: str | Path, *, hash: bool | None = None) -> Manifest:  # n
         if sha256 != manifest.sha256:
             raise UserError(f"{beton}: damaged: SHA-256 {sha256[:12]}..., not {manifest.sha256[:12]}...; {again}")
     return manifest
+
+
+def check_figures(path: str | Path, manifest: Manifest) -> None:
+    """Compare what the manifest says of classes and sizes with the table of the .beton (UserError: they disagree)."""
+    table, labels = read_contents(Path(path))
+    heights, widths, is_jpeg = table[:, 2], table[:, 3], table[:, 4]
+    found = {
+        "class_counts": tuple(np.bincount(labels.clip(0), minlength=manifest.num_classes).tolist()),
+        "raw_share": float(np.mean(is_jpeg == 0)),
+        "min_size": (int(heights.min()), int(widths.min())),
+        "max_size": (int(heights.max()), int(widths.max())),
+    }
+    for key, value in found.items():
+        if value != getattr(manifest, key):
+            raise UserError(
+                f"{manifest_path(path)}: {key}: not that of the .beton; write it again with `arat data write`"
+            )
 
 
 def check_data(data: DataConfig) -> tuple[Manifest, Manifest]:

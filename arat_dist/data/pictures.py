@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -14,18 +15,28 @@ from arat_dist.errors import UserError
 Picture = NDArray[np.uint8]
 """RGB, uint8 [H,W,3]."""
 
+_MACHINES_FAULTS = {errno.EMFILE, errno.ENFILE, errno.EIO, errno.ENOMEM, errno.ESTALE, errno.ETIMEDOUT, errno.ENODEV}
+"""Errors of reading a file that say nothing of the picture in it."""
+
+
+class UnreadablePictureError(UserError):
+    """A file that is no picture which can be read, whoever reads it."""
+
 
 def read_picture(path: Path) -> Picture:
     """Read a file as RGB uint8 [H,W,3]: see `to_rgb`; of an animation, the first frame.
 
     Raises:
-        UserError: it isn't a readable picture.
+        UnreadablePictureError: it isn't a readable picture.
+        UserError: the machine can't read it now.
     """
     try:
         with path.open("rb") as file, Image.open(file) as image:
             return to_rgb(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{shown(path)}: not a readable picture: {_reason(path, error)}") from error
+        if isinstance(error, OSError) and error.errno in _MACHINES_FAULTS:
+            raise UserError(f"{shown(path)}: can't be read now: {error.strerror}; try again") from error
+        raise UnreadablePictureError(f"{shown(path)}: not a readable picture: {_reason(path, error)}") from error
 
 
 def to_rgb(image: Image.Image) -> Picture:

@@ -21,7 +21,7 @@ from itertools import cycle
 from pathlib import Path
 
 from arat_dist.config import DataConfig
-from arat_dist.data.manifest import Manifest, load_manifest, manifest_path
+from arat_dist.data.manifest import Manifest, check_beton, load_manifest, manifest_path
 from arat_dist.errors import UserError
 
 LOG_EVERY_S = 10.0
@@ -81,9 +81,9 @@ def local_beton(beton: str | Path, stage_to: str | None) -> Path:
 
 
 def _is_whole(copy: Path, manifest: Manifest) -> bool:
-    """Whether a copy is complete: its manifest, written last, is there, and it has the size."""
+    """Whether a copy is complete: its manifest, written last, is there, and it passes the check of any set."""
     with suppress(OSError, UserError):
-        return copy.stat().st_size == manifest.num_bytes and load_manifest(copy).sha256 == manifest.sha256
+        return check_beton(copy).sha256 == manifest.sha256
     return False
 
 

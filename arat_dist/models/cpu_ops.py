@@ -60,7 +60,8 @@ def batch_norm(
 ) -> Tensor:
     """`torch.nn.functional.batch_norm`; this version for a channels-last batch [B,C,H,W] with its own statistics."""
     is_affine = weight is not None and bias is not None
-    if not (training and is_affine and input.ndim == 4 and input.is_contiguous(memory_format=torch.channels_last)):
+    has_rows = input.ndim == 4 and input.numel() > input.shape[1]
+    if not (training and is_affine and has_rows and input.is_contiguous(memory_format=torch.channels_last)):
         return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
     y, mean, var = _Normalise.apply(input, weight, bias, eps)  # pyright: ignore[reportGeneralTypeIssues]
     if running_mean is not None and running_var is not None:
@@ -117,6 +118,8 @@ def conv2d(
     groups: int = 1,
 ) -> Tensor:
     """`torch.nn.functional.conv2d`; this version for patches that neither overlap nor leave pixels out."""
+    if input.ndim != 4:
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
     height, width = weight.shape[2:]
     is_cut = _pair(stride) == (height, width) and _pair(padding) == (0, 0) and _pair(dilation) == (1, 1) and groups == 1
     rows, columns = input.shape[2] // height, input.shape[3] // width
@@ -139,7 +142,8 @@ def scaled_dot_product_attention(
     """`torch.nn.functional.scaled_dot_product_attention`; this version without mask and dropout, 4 dimensions."""
     is_plain = attn_mask is None and dropout_p == 0 and not is_causal and not any(others.values())
     num_probabilities = query.numel() // query.shape[-1] * key.shape[-2]
-    fits = query.ndim == 4 and query.shape[1] == key.shape[1] and query.shape[-1] == value.shape[-1]
+    fits = query.ndim == 4 and query.shape[:2] == key.shape[:2] and key.shape == value.shape
+    fits = fits and query.shape[-1] == key.shape[-1]
     if not (is_plain and fits and num_probabilities <= _MOST_PROBABILITIES):
         return F.scaled_dot_product_attention(query, key, value, attn_mask, dropout_p, is_causal, **others)
     if torch.is_autocast_enabled("cpu"):
@@ -149,27 +153,25 @@ def scaled_dot_product_attention(
 
 
 class _Attention(torch.autograd.Function):
-    """softmax(q k^T / sqrt(d)) v for q, k, v of [B,heads,N,d]; keeps one number a row, not the probabilities."""
+    """softmax(q k^T / sqrt(d)) v for q, k, v of [B,heads,N,d]; keeps these three, as torch does, no probabilities."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        # What torch itself runs on a CPU, but with the logarithm of each row's sum.
-        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # noqa: SLF001
-        out, log_sum = fused(query, key, value)
-        ctx.save_for_backward(query, key, value, out, log_sum)
-        return out
+        ctx.save_for_backward(query, key, value)
+        return F.scaled_dot_product_attention(query, key, value)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         (grad,) = grads
-        query, key, value, out, log_sum = ctx.saved_tensors
+        query, key, value = ctx.saved_tensors
         scale = query.shape[-1] ** -0.5
         # Two products in one: the first alone needs no gradient, and a compiled graph would keep its result from the
         # forward pass, one number a pair of tokens.
         scores, slopes = torch.stack([query, grad]) @ torch.stack([key, value]).mT
-        probabilities = (_wide(scores) * scale - log_sum.unsqueeze(-1)).exp()
-        inner = (_wide(grad) * _wide(out)).sum(-1, keepdim=True)
-        slopes = (probabilities * (_wide(slopes) - inner) * scale).to(query.dtype)
+        # Of the rounded scores, so that a row sums to one.
+        probabilities, slopes = (_wide(scores) * scale).softmax(-1), _wide(slopes)
+        inner = (probabilities * slopes).sum(-1, keepdim=True)
+        slopes = (probabilities * (slopes - inner) * scale).to(query.dtype)
         return slopes @ key, slopes.mT @ query, probabilities.to(query.dtype).mT @ grad
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from arat_dist.data.beton_table import read_contents
 from arat_dist.data.ffcv_import import IMAGE_MODES, Reader
+from arat_dist.data.manifest import check_figures, load_manifest
 from arat_dist.errors import UserError
 
 
@@ -31,3 +32,14 @@ def test_another_version_and_other_fields_are_refused(small_beton: Path, tmp_pat
         content.tofile(tmp_path / "other.beton")
         with pytest.raises(UserError, match=r"other.beton: not a complete .beton"):
             read_contents(tmp_path / "other.beton")
+
+
+@pytest.mark.parametrize("kind", ["small_beton", "large_beton"])
+def test_figures_of_a_manifest_are_compared_with_the_file(kind: str, request: pytest.FixtureRequest):
+    path: Path = request.getfixturevalue(kind)
+    manifest = load_manifest(path)
+    check_figures(path, manifest)
+    wrong = {"class_counts": manifest.class_counts[::-1], "min_size": (5, 5), "max_size": (9, 9), "raw_share": 0.4}
+    for key, value in wrong.items():
+        with pytest.raises(UserError, match=rf"manifest.json: {key}: not that of the .beton"):
+            check_figures(path, manifest.model_copy(update={key: value}))

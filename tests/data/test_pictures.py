@@ -1,5 +1,6 @@
 """Picture files of every kind against pixels that are known beforehand, and what is said of broken ones."""
 
+import errno
 import struct
 import zlib
 from pathlib import Path
@@ -10,7 +11,7 @@ from beton_pictures import smooth_picture
 from numpy.typing import NDArray
 from PIL import Image
 
-from arat_dist.data.pictures import read_picture, shown
+from arat_dist.data.pictures import UnreadablePictureError, read_picture, shown
 from arat_dist.errors import UserError
 
 RNG = np.random.default_rng(0)
@@ -208,3 +209,19 @@ def test_names_are_printable(tmp_path: Path):
     assert shown("a\nb/\udcffä") == "a\\nb/\\xffä"
     assert shown(tmp_path / "plain") == str(tmp_path / "plain")
     refusal(tmp_path / "two\nlines.png")
+
+
+def test_what_the_machine_can_not_read_is_no_bad_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Else `--on-error skip` would leave good pictures out."""
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"not a picture")
+    with pytest.raises(UnreadablePictureError):
+        read_picture(tmp_path / "b.png")
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(UserError, match=r"a.png: can't be read now: Too many open files; try again$") as caught:
+        read_picture(tmp_path / "a.png")
+    assert not isinstance(caught.value, UnreadablePictureError)

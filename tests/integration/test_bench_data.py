@@ -15,9 +15,9 @@ from arat_dist.errors import UserError
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """24 pictures of two classes."""
+    """48 pictures of two classes."""
     generator = np.random.default_rng(0)
-    for i in range(24):
+    for i in range(48):
         path = tmp_path / "pictures" / "ab"[i % 2] / f"{i}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(generator.integers(0, 256, (180, 150, 3), np.uint8)).save(path)
@@ -27,7 +27,7 @@ def folder(tmp_path: Path) -> Path:
 def test_all_loaders_are_measured(folder: Path):
     cores, threads = os.sched_getaffinity(0), threading.active_count()
     result = bench_data(folder, image_size=32, batch_size=8, cores=1, repeats=2, on_progress=lambda _: None)
-    assert result["pictures"] == 24
+    assert result["pictures"] == 48
     assert set(result["images_per_second"]) == set(result["wait_fraction"]) == set(LOADERS)
     assert min(result["images_per_second"].values()) > 0
     assert all(0 <= share <= 1 for share in result["wait_fraction"].values())
@@ -43,5 +43,5 @@ def test_all_loaders_are_measured(folder: Path):
 def test_what_it_can_not_do(folder: Path):
     with pytest.raises(UserError, match=r"^--cores: 999: this process may use \d+$"):
         bench_data(folder, image_size=32, batch_size=8, cores=999, repeats=1, on_progress=print)
-    with pytest.raises(UserError, match=r"^--batch-size: 9: .* has 24 pictures; three batches are needed$"):
+    with pytest.raises(UserError, match=r"48 pictures; 54 are needed for 1 cores and batches of 9$"):
         bench_data(folder, image_size=32, batch_size=9, cores=1, repeats=1, on_progress=print)

@@ -316,6 +316,8 @@ def test_the_centre_crop_is_timms_unless_the_recipe_says_it():
     data = DataConfig(train="x.beton", val="y.beton", num_classes=10, image_size=32)
     for name, crop in [("resnet50", 0.95), ("vit_tiny_patch16_224", 0.9), ("cifar_resnet18", 1.0)]:
         net = create_backbone(ModelConfig(name=name), num_classes=10, image_size=32)
-        assert timm.get_pretrained_cfg(name).crop_pct == crop
+        known = timm.get_pretrained_cfg(name)
+        assert known is not None
+        assert known.crop_pct == crop
         assert with_centre_crop(data, net).val_crop == crop
         assert with_centre_crop(data.model_copy(update={"val_crop": 0.5}), net).val_crop == 0.5

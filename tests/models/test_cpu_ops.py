@@ -133,6 +133,32 @@ def test_attention_does_not_overflow():
     assert out.isfinite().all()
 
 
+@pytest.mark.parametrize("shapes", [((3, 2), (1, 2)), ((1, 2), (3, 2)), ((2, 4), (2, 1))], ids=str)
+def test_attention_that_is_spread_stays_with_torch(shapes):
+    query, key, value = normal(*shapes[0], 5, 4), normal(*shapes[1], 5, 4), normal(*shapes[1], 5, 4)
+    assert_same("scaled_dot_product_attention", query, key, value, is_ours=False)
+
+
+@pytest.mark.parametrize("operation", ["batch_norm", "scaled_dot_product_attention"])
+def test_gradients_in_bf16_are_about_as_good_as_torchs(operation):
+    """Against float64, at the sizes that nets have; sharp attention, and a mean that is large for its deviation."""
+    torchs: Operation = F.scaled_dot_product_attention
+    tensors = tuple(2 * normal(2, 3, 197, 64) for _ in range(3))
+    if operation == "batch_norm":
+        torchs, tensors = batch_norm, (channels_last(normal(8, 64, 28, 28) * 2 + 5), normal(64), normal(64))
+    rounded = [t.bfloat16() if t.ndim == 4 else t.float() for t in tensors]
+    exact = results(torchs, *(t.double() for t in rounded))
+    with CpuOps():
+        found = results(torchs, *rounded)
+    mine, reference = (
+        [float((one.double() - right).norm() / right.norm()) for one, right in zip(each, exact, strict=True)]
+        for each in (found, results(torchs, *rounded))
+    )
+    # Scores rounded to bf16 cost the gradient digits that torch's fused kernel keeps; unfused attention does the same.
+    most = 1.5 if operation == "batch_norm" else 8
+    assert all(a < most * b for a, b in zip(mine, reference, strict=True)), (mine, reference)
+
+
 @pytest.mark.parametrize(
     "settings", [{"is_causal": True}, {"scale": 0.3}, {"attn_mask": torch.zeros(5, 5).double()}], ids=str
 )
