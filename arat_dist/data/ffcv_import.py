@@ -9,6 +9,8 @@ from typing import Any
 import numba.typed
 import torch
 
+from arat_dist.errors import UserError
+
 
 @contextmanager
 def _torch_threads_kept() -> Iterator[None]:
@@ -31,7 +33,19 @@ def _plain_dictionaries() -> Iterator[None]:
         typed.Dict = kept
 
 
-with _torch_threads_kept(), _plain_dictionaries():
+@contextmanager
+def _advised() -> Iterator[None]:
+    """Say what to do where it can't be imported."""
+    try:
+        yield
+    except ImportError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"ffcv: can't be imported ({reason}); `make setup` installs it, data.loader: torchvision reads without it"
+        ) from error
+
+
+with _advised(), _torch_threads_kept(), _plain_dictionaries():
     from ffcv.fields import IntField, RGBImageField
     from ffcv.fields.basics import IntDecoder
     from ffcv.fields.rgb_image import IMAGE_MODES, RandomResizedCropRGBImageDecoder, SimpleRGBImageDecoder

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from arat_dist.data.manifest import check_augment, load_manifest
 from arat_dist.data.staging import local_beton
-from arat_dist.errors import UserError
 
 if TYPE_CHECKING:
     from arat_dist.config import DataConfig
@@ -118,9 +117,6 @@ def loader_class(data: DataConfig) -> type[BetonLoader] | type[FallbackLoader]:
         from arat_dist.data.fallback import FallbackLoader
 
         return FallbackLoader
-    try:
-        from arat_dist.data.beton import BetonLoader
-    except ImportError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"data.loader: ffcv: can't be imported ({reason}); torchvision would be right") from error
+    from arat_dist.data.beton import BetonLoader
+
     return BetonLoader

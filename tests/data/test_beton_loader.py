@@ -411,14 +411,32 @@ def test_smooth_pictures_survive_jpeg(large: Pictures):
         assert_close(resized(picture, 0, 0, 100, 100, 48), resized(picture, 20, 20, 100, 100, 48))
 
 
-def test_without_ffcv_the_recipe_is_told_what_to_do(small_beton: Path, monkeypatch: pytest.MonkeyPatch):
-    data = DataConfig(train=str(small_beton), val=str(small_beton), num_classes=3, image_size=32)
-    monkeypatch.setitem(sys.modules, "arat_dist.data.beton", None)
-    with pytest.raises(UserError, match=r"^data.loader: ffcv: can't be imported .*; torchvision would be right$"):
-        val_loader(data, batch_size=4)
-    other = data.model_copy(update={"loader": "torchvision"})
-    assert isinstance(val_loader(other, batch_size=4), FallbackLoader)
-    assert isinstance(train_loader(other, seed=0, max_share=4), FallbackLoader)
+def test_without_ffcv_one_line_says_what_to_do(small_beton: Path, tmp_path: Path):
+    """In a process of its own: this one has imported it."""
+    code = """
+import sys
+sys.modules["ffcv"] = None
+import numpy as np
+from arat_dist.config import DataConfig
+from arat_dist.data.loader import loader_class, val_loader
+from launcher.cli import main
+beton, out = sys.argv[1:]
+assert main(["data", "write", "digits:val", out]) == 2
+data = DataConfig(train=beton, val=beton, num_classes=3, image_size=32)
+try:
+    loader_class(data)
+except ValueError as error:
+    print(error, file=sys.stderr)
+with val_loader(data.model_copy(update={"loader": "torchvision"}), 4) as loader:
+    print(type(loader).__name__, next(iter(loader.iterate([np.arange(4)]))).labels.tolist())
+"""
+    command = [sys.executable, "-c", code, str(small_beton), str(tmp_path / "out.beton")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    lines = [line for line in run.stderr.splitlines() if "ffcv: can't be imported" in line]
+    assert len(lines) == 2
+    assert all(line.endswith("`make setup` installs it, data.loader: torchvision reads without it") for line in lines)
+    assert run.stdout.startswith("FallbackLoader [")
 
 
 def test_the_other_loader_decodes_jpegs_alike(large_beton: Path):
