@@ -86,6 +86,13 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--classes-from", metavar="TRAIN.beton", help="for a flat folder: the set whose classes it has")
     verb.add_argument("--max-side", type=_side, default=500, help="shrink longer pictures to this side (500)")
     verb.add_argument("--jpeg-quality", type=_percent, default=90, help="of pictures stored as JPEG (90)")
+    verb.add_argument(
+        "--raw-below",
+        metavar="PIXELS",
+        type=_count,
+        default=128 * 128,
+        help="store pictures of fewer pixels as they are: larger, faster to load (16384)",
+    )
     verb.add_argument("--processes", type=_positive, default=os.cpu_count() or 1, help="that encode (all cores)")
     verb.add_argument(
         "--on-error",

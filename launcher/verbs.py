@@ -53,6 +53,7 @@ def data_write(args: argparse.Namespace) -> dict[str, Any]:
             args.out,
             max_side=args.max_side,
             jpeg_quality=args.jpeg_quality,
+            raw_below=args.raw_below,
             on_error=args.on_error,
             num_workers=args.processes,
             on_progress=lambda done, total: bar.update(task, completed=done, total=total),
