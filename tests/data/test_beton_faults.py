@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -113,7 +114,12 @@ def writing(tmp_path: Path) -> Iterator[Callable[[int], tuple[subprocess.Popen[s
             (tmp_path / name).mkdir()
         command = [sys.executable, "-c", WRITING, str(tmp_path / "out/a.beton"), str(tmp_path / "seen")]
         process = subprocess.Popen(
-            [*command, str(num_workers)], stderr=subprocess.PIPE, text=True, start_new_session=True
+            [*command, str(num_workers)],
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            # Tests that were started in the background inherit a SIGINT that is ignored.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         )
         started.append(process)
         deadline = time.monotonic() + 120
