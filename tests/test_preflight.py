@@ -1,5 +1,6 @@
 """What is found before any worker starts: one line each, with the key first."""
 
+import sys
 from typing import Any
 
 import pytest
@@ -123,3 +124,11 @@ def test_a_teachers_weights_of_another_architecture_are_refused(sets: Sets, tmp_
         check_recipe(toy_recipe(sets, objective={"name": "lbgat", "teacher": teacher}))
     with pytest.raises(UserError, match=r"^model\.checkpoint: .*not the weights of this net"):
         check_recipe(toy_recipe(sets, objective={"name": "arrest"}, model=teacher))
+
+
+def test_a_loader_out_of_reach_is_told_before_workers_start(sets: Sets, monkeypatch):
+    monkeypatch.setitem(sys.modules, "arat_dist.data.beton", None)
+    with pytest.raises(ImportError):
+        check_recipe(toy_recipe(sets))
+    check_recipe(toy_recipe(sets, data={"loader": "torchvision"}))
+    check_recipe(toy_recipe(sets, cluster={"workers": 2, "address": "ray://elsewhere:10001"}))

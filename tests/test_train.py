@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from torch._dynamo.utils import counters
 from toys import Sets, toy_batch, toy_classifier, toy_recipe, toy_setting
@@ -474,3 +475,20 @@ def test_ranks_compare_what_they_found_before_the_first_step(sets: Sets, tmp_pat
         start(toy_recipe(sets), tmp_path)
     assert seen == [(3, load_manifest(sets.train), RANK)]
     assert Run(str(tmp_path), "run").metrics()[-1]["step"] == 3
+
+
+def test_a_run_is_evaluated_on_timms_centre_crop(sets: Sets, tmp_path, monkeypatch):
+    crops = []
+
+    def noted(classifier: Any, data: Any, *rest: Any) -> Any:
+        crops.append(data.val_crop)
+        return evaluate(classifier, data, *rest)
+
+    monkeypatch.setattr("arat_dist.train.evaluate", noted)
+    recipe = toy_recipe(sets, train={"max_steps": 1})
+    assert recipe.data.val_crop is None
+    start(recipe, tmp_path, "timms")
+    start(toy_recipe(sets, data={"val_crop": 0.5}, train={"max_steps": 1}), tmp_path, "own")
+    known = timm.get_pretrained_cfg(recipe.model.name)
+    assert known is not None
+    assert crops == [known.crop_pct, 0.5]

@@ -18,6 +18,7 @@ from arat_dist.bench.step import FusedStep, bench_step, plain_forwards, referenc
 from arat_dist.config import ARATConfig, Recipe
 from arat_dist.data.loader import Batch
 from arat_dist.errors import UserError
+from arat_dist.models import cpu_ops
 from arat_dist.models.backbone import create_backbone
 from arat_dist.models.precision import COMPUTE_DTYPES
 from arat_dist.step import compute_gradients
@@ -274,3 +275,20 @@ def test_the_references_settings_are_the_recipes():
     moved = plain.attack(pixels, torch.zeros(4, dtype=torch.long), torch.arange(4)) - pixels
     assert float(moved.abs().max()) == pytest.approx(8 / 255, rel=1e-4)
     assert math.isclose(plain.optimizer.param_groups[0]["lr"], settings.optim.lr)
+
+
+def test_nets_compiled_for_a_cpu_take_its_versions(monkeypatch):
+    """In the attack and in both branches; and an uncompiled step takes torch's."""
+    seen = []
+    ours = cpu_ops.batch_norm
+
+    def noted(*args: Any, **kwargs: Any) -> Tensor:
+        seen.append(torch.is_grad_enabled())
+        return ours(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "compile", lambda f, **_: f)
+    monkeypatch.setitem(cpu_ops._VERSIONS, torch.nn.functional.batch_norm, noted)
+    for compiles in (False, True):
+        step = FusedStep(recipe(("train.compile", compiles)), CPU)
+        step(synthetic_batch(recipe(), CPU))
+        assert bool(seen) == compiles

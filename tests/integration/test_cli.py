@@ -402,6 +402,10 @@ def test_a_deep_check_decodes_every_picture(tmp_path, monkeypatch, capsys):
     Path("x.manifest.json").write_text(json.dumps(manifest | {"sha256": hashlib.sha256(content).hexdigest()}))
     assert main(["data", "check", "x.beton"]) == 0
     assert "x.beton: 1 of 3 pictures are broken: 1; " in refusal(capsys, ["data", "check", "x.beton", "--deep"])
+    path = Path("x.manifest.json")
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"min_size": [5, 5]}))
+    assert "x.manifest.json: min_size: not that of the .beton" in refusal(capsys, ["data", "check", "x.beton"])
 
 
 def test_what_libraries_print_does_not_reach_stdout(finished, capsys, monkeypatch):
