@@ -79,16 +79,17 @@ class Engine(Protocol):
         """
         ...
 
-    def step(self) -> None:
-        """Update the weights and forget the gradients."""
+    def step(self) -> Tensor:
+        """Update the weights and forget the gradients; without a look at the numbers from the host.
+
+        Returns:
+            2-norm of the whole gradient before clipping, 0-d, on the device, the same on every rank. Where it isn't
+            finite nothing was updated, neither weights nor optimizer state.
+        """
         ...
 
     def set_lr(self, lr: float) -> None:
         """Learning rate of the next step."""
-        ...
-
-    def gradient_norm(self) -> Tensor:
-        """2-norm of the last step's whole gradient before clipping, 0-d; asked for before `step`."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -146,7 +147,7 @@ class DDPEngine:
             return True
         # Equal on all ranks: DDP has joined the gradients.
         self._scaler.unscale_(self._optimizer)
-        if self.gradient_norm().isfinite().item():
+        if self._gradient_norm().isfinite().item():
             return True
         # Told the new scale: the scaler looks for infinities alone, not for a norm that overflows.
         self._scaler.update(scale * self._scaler.get_backoff_factor())
@@ -155,22 +156,25 @@ class DDPEngine:
             raise FloatingPointError("the gradient is no number at any loss scale; a lower optim.lr would be a start")
         return False
 
-    def step(self) -> None:
+    def step(self) -> Tensor:
         """See `Engine`."""
+        norm = self._gradient_norm()
         if self._clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.objective.parameters(), self._clip_norm)
-        self._scaler.step(self._optimizer)
-        self._scaler.update()
+            nn.utils.clip_grads_with_norm_(self.objective.parameters(), self._clip_norm, norm)
+        if self._scaler.is_enabled():
+            self._scaler.step(self._optimizer)
+            self._scaler.update()
+        else:
+            # What a scaler would set: the fused kernels look at it and leave everything as it is.
+            self._optimizer.found_inf = norm.isfinite().logical_not().float()  # pyright: ignore[reportAttributeAccessIssue]
+            self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        return norm
 
     def set_lr(self, lr: float) -> None:
         """See `Engine`."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-
-    def gradient_norm(self) -> Tensor:
-        """See `Engine`."""
-        return nn.utils.get_total_norm([p.grad for p in self.objective.parameters() if p.grad is not None])
 
     def state_dict(self) -> dict[str, Any]:
         """See `Engine`."""
@@ -181,6 +185,10 @@ class DDPEngine:
         self._optimizer.load_state_dict(state)
         if state.get("loss_scale"):  # empty in other precisions
             self._scaler.load_state_dict(state["loss_scale"])
+
+    def _gradient_norm(self) -> Tensor:
+        """2-norm of the whole gradient, 0-d."""
+        return nn.utils.get_total_norm([p.grad for p in self.objective.parameters() if p.grad is not None])
 
 
 def check_engine(config: EngineConfig) -> None:

@@ -25,7 +25,12 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optim
     groups = param_groups_weight_decay(module, config.weight_decay, no_weight_decay_list=sorted(exempt))
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
-    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+    sgd = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+    if config.momentum:
+        # From zero the first step is what torch makes of no buffer; its fused kernel would leave memory as it was found
+        # in the buffers if that first step isn't taken.
+        sgd.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for g in sgd.param_groups for p in g["params"]})
+    return sgd
 
 
 def lr_at(step: int, config: OptimConfig, *, num_samples: int, batch_size: int, epochs: int) -> float:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import logging
-import math
-import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,17 +21,15 @@ from arat_dist.device_augment import build_device_augment
 from arat_dist.diagnostics import branch_distance, gradient_conflict
 from arat_dist.engine import Engine, Rank, average_statistics, build_engine
 from arat_dist.evaluate import eval_config, evaluate
+from arat_dist.metrics import MetricsLog
 from arat_dist.models.backbone import with_centre_crop
 from arat_dist.models.classifier import Classifier
 from arat_dist.objectives import build_objective
 from arat_dist.objectives.base import Objective, Output
 from arat_dist.optim import lr_at
 from arat_dist.run import Run
-from arat_dist.step import StepResult, compute_gradients, micro_batches, part_sizes
+from arat_dist.step import compute_gradients, micro_batches, part_sizes
 
-T = TypeVar("T")
-TIMED = ("loader_wait", "compute")
-"""What the log measures the time of."""
 logger = logging.getLogger(__name__)
 
 
@@ -83,11 +78,11 @@ def train(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
                 look = inspect if is_due(done, recipe.track.diagnostics_every) else None
                 log.add(compute_gradients(engine, parts, rank.world_size / global_size, reseed, look))
             saves = done == stop or is_due(done, settings.checkpoint_every, order.ends_epoch(step))
+            with log.computing():
+                gradient_norm = engine.step()
             # A line goes before each checkpoint: it refuses a loss that is no number, and a resumed run begins a line.
             if saves or is_due(done, settings.log_every):
-                log.write(done, order.epochs_after(done), lr, engine.gradient_norm())
-            with log.computing():
-                engine.step()
+                log.write(done, order.epochs_after(done), lr, gradient_norm)
             for average in averages.values():
                 average.update(objective.classifier, done)
             if order.ends_epoch(step):
@@ -212,118 +207,3 @@ def save(run: Run, engine: Engine, averages: Mapping[str, Average], rank: Rank, 
             weights[name] = average.classifier.state_dict()
     if rank.is_first:
         save_checkpoint(run.checkpoints, Checkpoint(step, weights, engine.state_dict()), keep=keep)
-
-
-class MetricsLog:
-    """Means of the step's metrics between two lines of metrics.jsonl.
-
-    They are summed on the device, weighed by the samples: one all-reduce and one host sync a line, none a step.
-
-    Args:
-        run: the run; its lines after `step` are dropped, since they will be computed again.
-        rank: this process; the first one writes.
-        step: steps done before.
-    """
-
-    def __init__(self, run: Run, rank: Rank, step: int):
-        self._run, self._rank = run, rank
-        lines = run.forget_metrics_after(step) if rank.is_first else []
-        self._last: dict[str, Any] = lines[-1] if lines else {}
-        self._first_time_s = float(self._last.get("time_s", 0.0))
-        self._begin = self._line_begin = time.perf_counter()
-        self._num_images = self._line_images = 0
-        self._names: list[str] = []
-        self._notes: dict[str, Tensor] = {}
-        self._sums: Tensor | None = None
-        self._seconds = dict.fromkeys(TIMED, 0.0)
-        self._num_overflows = self._last.get("overflows", 0)
-
-    def waiting(self, batches: Iterable[T]) -> Iterator[T]:
-        """The batches; the time that the loop waits for them is kept apart."""
-        iterator = iter(batches)
-        while True:
-            began = time.perf_counter()
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-            finally:
-                self._seconds["loader_wait"] += time.perf_counter() - began
-            yield batch
-
-    @contextmanager
-    def computing(self) -> Iterator[None]:
-        """Around what is the method's own work: the time that goes elsewhere is the trainer's."""
-        began = time.perf_counter()
-        yield
-        self._seconds["compute"] += time.perf_counter() - began
-
-    def add(self, result: StepResult) -> None:
-        """Add one step's means over this rank's samples."""
-        for metrics, num_samples in result.metrics:
-            self._names = list(metrics)
-            weighed = torch.stack([*metrics.values()]).double() * num_samples
-            self._sums = weighed if self._sums is None else self._sums.add_(weighed)
-            self._line_images += num_samples
-        self._num_overflows += result.num_overflows
-
-    def note(self, metrics: dict[str, Tensor]) -> None:
-        """Keep 0-d values that are the same on all ranks for the next line."""
-        self._notes |= metrics
-
-    def write(self, step: int, epoch: float, lr: float, gradient_norm: Tensor) -> None:
-        """Write a line for the steps since the last one; every rank calls it.
-
-        Raises:
-            FloatingPointError: the loss or the gradient is no longer a number.
-        """
-        assert self._sums is not None
-        counts = self._sums.new_tensor([self._line_images])
-        *sums, num_images = self._rank.all_reduce(torch.cat([self._sums, counts])).tolist()
-        means = {name: value / num_images for name, value in zip(self._names, sums, strict=True)}
-        now = time.perf_counter()
-        elapsed = now - self._line_begin
-        self._last = {
-            "step": step,
-            "epoch": round(epoch, 4),
-            "time_s": round(self._first_time_s + now - self._begin, 3),
-            **means,
-            **{name: value.item() for name, value in self._notes.items()},
-            "lr": lr,
-            "gradient_norm": gradient_norm.item(),
-            "images_per_second": num_images / elapsed,
-            "memory_mb": _peak_memory_mb(self._rank.device),
-            # Shares of the host's time; on a GPU, which works on its own, the host waits where it needs a result.
-            **{f"{name}_fraction": round(self._seconds[name] / elapsed, 4) for name in TIMED},
-            **({"overflows": self._num_overflows} if self._num_overflows else {}),
-        }
-        if self._rank.is_first:
-            self._run.log(self._last)
-        self._num_images += int(num_images)
-        self._sums, self._notes, self._line_images, self._line_begin = None, {}, 0, now
-        self._seconds = dict.fromkeys(TIMED, 0.0)
-        for name in ("loss", "gradient_norm"):
-            if not math.isfinite(value := self._last[name]):
-                raise FloatingPointError(f"step {step}: {name} is {value}; a lower optim.lr would be a start")
-
-    def summary(self) -> dict[str, Any]:
-        """Pictures per second of this launch, and the last value of each named part of the loss.
-
-        The first rank's alone holds what came before this launch.
-        """
-        # A launch that found all steps done measured nothing itself.
-        elapsed = self._line_begin - self._begin
-        speed = self._num_images / elapsed if self._num_images else self._last.get("images_per_second")
-        return {
-            "train_images_per_second": speed and round(speed, 1),
-            "losses": {k.removeprefix("loss_"): v for k, v in self._last.items() if k.startswith("loss")},
-        }
-
-
-def _peak_memory_mb(device: torch.device) -> float:
-    """Largest memory of this rank so far: of the GPU where there is one, else of the process."""
-    if device.type == "cuda":
-        return round(torch.cuda.max_memory_allocated(device) / 2**20, 1)
-    import resource  # not on every platform
-
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, 1)

@@ -62,7 +62,7 @@ def _run(args: argparse.Namespace, extra: Sequence[str]) -> dict[str, Any] | Non
             return args.run(args)
         finally:
             if "ray" in sys.modules:
-                from launcher.fit import disconnect
+                from launcher.cluster import disconnect
 
                 disconnect()
 

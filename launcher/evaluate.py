@@ -18,7 +18,7 @@ from arat_dist.errors import UserError
 from arat_dist.evaluate import evaluate
 from arat_dist.preflight import check_gpus
 from arat_dist.targets import Target, Weights, open_target
-from launcher.fit import run_workers
+from launcher.cluster import run_workers
 
 
 def evaluate_target(

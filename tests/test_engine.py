@@ -81,9 +81,8 @@ def run_steps(module: Objective, rank: Rank, num_steps: int = STEPS) -> dict[str
         engine.backward(out.loss * (len(keys) * rank.world_size / BATCH))
         parameters = engine.objective.named_parameters()
         result["gradients"].append({name: p.grad.clone() for name, p in parameters if p.grad is not None})
-        result["norms"].append(engine.gradient_norm().clone())
+        result["norms"].append(engine.step())
         result["sizes"].append(len(keys))
-        engine.step()
     engine.objective.end_epoch(rank.all_reduce)
     result["state"] = engine.objective.state_dict()
     result["optimizer"] = engine.state_dict()["state"]
@@ -235,14 +234,47 @@ def test_gradient_norm_and_clipping_written_out():
     gradients = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
     before = {name: p.detach().clone() for name, p in parameters.items()}
     norm = sum(float((g**2).sum()) for g in gradients.values()) ** 0.5
-    assert float(engine.gradient_norm()) == pytest.approx(norm, rel=1e-12)
     assert norm > 0.5  # so that it is clipped
-    engine.step()
+    assert float(engine.step()) == pytest.approx(norm, rel=1e-12)
     for name, parameter in parameters.items():
         decay = 0.01 if name.endswith(("conv1.weight", "conv2.weight", "fc.weight")) else 0
         step = 0.1 * (gradients[name] * 0.5 / (norm + 1e-6) + decay * before[name])
         assert_close(parameter.detach(), before[name] - step, name)
         assert parameter.grad is None
+
+
+@pytest.mark.parametrize("optim", [OPTIM, OptimConfig(name="adamw", lr=0.1)], ids=["sgd", "adamw"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_gradient_that_is_no_number_changes_nothing(optim, first):
+    """As if the step had not been: also in the optimizer's state, and also in the very first step."""
+
+    def run(at: int | None) -> tuple[dict[str, Any], dict[str, Any]]:
+        engine = DDPEngine(objective("at"), optim, Rank(0, 1, CPU))
+        images, labels, keys = toy_batch()
+        for step in range(3):
+            engine.set_lr(0.1)
+            engine.backward(engine(images, labels, keys).loss)
+            if step == at:
+                engine.objective.classifier.backbone.get_parameter("fc.bias").grad[0] = float("inf")  # pyright: ignore
+            assert engine.step().isfinite() == (step != at)
+        return engine.objective.state_dict(), engine.state_dict()["state"]
+
+    def without(left_out: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        engine = DDPEngine(objective("at"), optim, Rank(0, 1, CPU))
+        images, labels, keys = toy_batch()
+        for step in range(3):
+            engine.set_lr(0.1)
+            if step != left_out:
+                engine.backward(engine(images, labels, keys).loss)
+                engine.step()
+        return engine.objective.state_dict(), engine.state_dict()["state"]
+
+    at = 0 if first else 1
+    (weights, state), (expected_weights, expected_state) = run(at), without(at)
+    assert all(torch.equal(value, expected_weights[name]) for name, value in weights.items())
+    assert state.keys() == expected_state.keys() != set()
+    for key, values in state.items():
+        assert all(torch.equal(value, expected_state[key][name]) for name, value in values.items()), key
 
 
 def test_one_rank_needs_no_process_group():

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from torch import Tensor
 from torch._dynamo.utils import counters
 from toys import Sets, toy_batch, toy_classifier, toy_recipe, toy_setting
 
@@ -19,12 +20,13 @@ from arat_dist.data.beton import BetonLoader
 from arat_dist.data.manifest import load_manifest
 from arat_dist.engine import DDPEngine, Rank, build_engine
 from arat_dist.evaluate import eval_config, evaluate
+from arat_dist.metrics import MetricsLog
 from arat_dist.objectives import build_objective
 from arat_dist.objectives.at import AT
 from arat_dist.objectives.base import Objective, Output
 from arat_dist.optim import lr_at
 from arat_dist.run import Run
-from arat_dist.train import MetricsLog, check_agreement, num_steps, sample_order, save, train
+from arat_dist.train import check_agreement, num_steps, sample_order, save, train
 
 RANK = Rank(0, 1, torch.device("cpu"))
 VARIABLE = ("time_s", "images_per_second", "memory_mb", "loader_wait_fraction", "compute_fraction")
@@ -65,12 +67,12 @@ def crash_after(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the process 'die' within its step number `steps`, counted from 0."""
     step, count = DDPEngine.step, 0
 
-    def crashing(self: DDPEngine) -> None:
+    def crashing(self: DDPEngine) -> Tensor:
         nonlocal count
         if count == steps:
             raise KeyboardInterrupt
         count += 1
-        step(self)
+        return step(self)
 
     monkeypatch.setattr(DDPEngine, "step", crashing)
 

@@ -25,8 +25,9 @@ from arat_dist.preflight import check_recipe
 from arat_dist.recipe import load_recipe, recipe_names
 from arat_dist.run import Run
 from arat_dist.train import train
+from launcher.cluster import connect, disconnect, run_workers
 from launcher.evaluate import evaluate_target
-from launcher.fit import connect, disconnect, fit, run_workers
+from launcher.fit import fit
 
 RECIPES = [name for name in recipe_names() if "/" not in name or name.startswith("paper/cifar10_resnet18")]
 TWO = ClusterConfig(workers=2)
