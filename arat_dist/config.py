@@ -396,6 +396,12 @@ class ClusterConfig(Section):
     """Ray cluster to join; default: one started on this machine."""
     max_failures: Annotated[Integer, Field(ge=0)] = 3
     """Times that the worker group is restarted from the newest checkpoint before the run fails."""
+    start_timeout_s: Positive = 1800
+    """Longest time from the start of the workers to the end of their first step (copying of data and compilation
+    included), in seconds; then they are restarted."""
+    step_timeout_s: Positive = 600
+    """Longest time that a worker may take over a later step, in seconds; then the stacks of all are dumped into the run's
+    folder and they are restarted."""
     storage: str = "runs"
     """Folder or fsspec URI (s3://, gs://, file://) that holds the runs; every worker must reach it."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -28,11 +28,17 @@ class Rank:
         index: 0-based rank.
         world_size: number of ranks.
         device: where this rank computes.
+        node: 0-based index of its machine.
+        local_index: 0-based index among the ranks of its machine.
+        stop_wanted: whether this machine, or who started the run, asks for its end; cheap, asked at every step.
     """
 
     index: int
     world_size: int
     device: torch.device
+    node: int = 0
+    local_index: int = 0
+    stop_wanted: Callable[[], bool] = lambda: False
 
     @property
     def is_first(self) -> bool:

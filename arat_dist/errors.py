@@ -21,3 +21,15 @@ class WorkersError(RuntimeError):
         first_line = str(error).strip().partition("\n")[0]
         super().__init__(f"the work failed on worker {rank}: {type(error).__name__}: {first_line}")
         self.tracebacks = tracebacks
+
+
+class StoppedError(Exception):
+    """The training was asked to stop (`Rank.stop_wanted`), wrote a checkpoint and ended; the same on every rank.
+
+    Args:
+        step: steps done, all of them in the checkpoint.
+    """
+
+    def __init__(self, step: int):
+        super().__init__(step)
+        self.step = step
