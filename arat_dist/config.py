@@ -400,7 +400,7 @@ class ClusterConfig(Section):
     """Longest time from the start of the workers to the end of their first step (copying of data and compilation
     included), in seconds; then they are restarted."""
     step_timeout_s: Positive = 600
-    """Longest time that a worker may take over a later step, in seconds; then the stacks of all are dumped into the run's
+    """Longest time that a worker may take over a later step, in seconds; then the stacks of all go into the run's
     folder and they are restarted."""
     storage: str = "runs"
     """Folder or fsspec URI (s3://, gs://, file://) that holds the runs; every worker must reach it."""
