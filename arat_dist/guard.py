@@ -37,7 +37,7 @@ class BufferGuard:
     """Gives a module's buffers back what they held before a step that was not taken.
 
     Running statistics and counts are moved by the forward pass already; weights and optimizer state are the engine's.
-    A few kernels a step for all buffers together, and no sync with the host.
+    A few kernels a step for all buffers together, and no sync with a GPU.
 
     Args:
         module: its buffers must stay the objects that they are.
@@ -56,6 +56,8 @@ class BufferGuard:
     @torch.no_grad()
     def restore_unless(self, finite: Tensor) -> None:
         """After a step; `finite` is 0-d, whether it was taken."""
+        if finite.device.type == "cpu" and finite:  # costs nothing to know there
+            return
         for buffers, before, after in zip(self._groups.values(), self._before, self._rows(), strict=True):
             parts = torch.where(finite, after, before).split([buffer.numel() for buffer in buffers])
             views = [part.view_as(buffer) for part, buffer in zip(parts, buffers, strict=True)]
