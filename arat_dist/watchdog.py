@@ -16,7 +16,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -36,6 +38,8 @@ _DUMP_AT = 0.9
 """Share of the limit after which stacks are dumped: ranks that hang together have all done so when one is killed."""
 _DUMP_S = 5.0
 _WRITE_S = 15.0
+_KILL_S = 5.0
+_SAY_S = 2.0
 _BEATS, _LIMIT_MS = 0, 1
 _BYTES = 16
 _STATES = {"T": "stopped by a signal", "D": "waiting for a disk or a device", "R": "running", "S": "sleeping"}
@@ -64,10 +68,8 @@ class Watchdog:
         os.truncate(memory_fd, _BYTES)
         self._shared = _map(memory_fd)
         self._shared[_LIMIT_MS] = self._start_limit_ms
-        self._stacks_fd = os.memfd_create("stacks")
-        faulthandler.register(DUMP_SIGNAL, file=self._stacks_fd, all_threads=True)  # its handler needs no GIL
         pidfd = os.pidfd_open(os.getpid())  # unlike a number it never comes to mean another process
-        fds = (pidfd, memory_fd, self._stacks_fd)
+        fds = (pidfd, memory_fd, _stacks_fd())
         self._watcher = subprocess.Popen(  # noqa: S603
             [sys.executable, "-I", "-S", __file__, *map(str, fds)],
             stdin=subprocess.PIPE,
@@ -91,11 +93,16 @@ class Watchdog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # In this order: a signal that comes when no handler is left would end this process.
         self._watcher.kill()
         self._watcher.wait()
-        faulthandler.unregister(DUMP_SIGNAL)
-        os.close(self._stacks_fd)
+
+
+@cache
+def _stacks_fd() -> int:
+    """Where this process writes its stacks to, for good: without the handler, a late signal would end it."""
+    fd = os.memfd_create("stacks")
+    faulthandler.register(DUMP_SIGNAL, file=fd, all_threads=True)  # its handler needs no GIL
+    return fd
 
 
 def _map(fd: int) -> memoryview:
@@ -167,38 +174,44 @@ class _Watcher:
             self._send(signal.SIGSTOP)
         stacks = os.pread(self._stacks_fd, size - begin, begin).decode(errors="replace") or "(none came)\n"
         text = f"{self._name}: no sign of life for {silent_s:.0f} s; process {self._pid} is {state}:\n{stacks}"
-        self._say(text)
-        file = f"{self._name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.txt"
-        writing = threading.Thread(target=self._write, args=(file, text), daemon=True)
-        writing.start()
-        writing.join(_WRITE_S)
+        _within(_SAY_S, _say, text)
+        _within(_WRITE_S, self._write, text)
 
-    def _write(self, file: str, text: str) -> None:
+    def _write(self, text: str) -> None:
         """Write the stacks into the run's folder, wherever that is."""
+        file = f"{self._name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.txt"
         sys.path[:] = self._path
         try:
             from arat_dist.storage import Storage
 
             Storage(self._uri).write(file, text.encode())
         except Exception as error:  # noqa: BLE001 - whatever a driver raises
-            self._say(f"{self._name}: {self._uri}/{file}: {type(error).__name__}: {error}\n")
+            _say(f"{self._name}: {self._uri}/{file}: {type(error).__name__}: {error}\n")
 
     def _kill(self, limit_s: float) -> None:
-        self._say(f"{self._name}: no sign of life for {limit_s:g} s; killing process {self._pid}\n")
         self._send(signal.SIGKILL)
-        if not self._ends_within(_DUMP_S):
-            self._say(f"{self._name}: process {self._pid} can't be killed: the kernel holds it, or it is PID 1\n")
+        ended = self._ends_within(_KILL_S)
+        what = "was killed" if ended else "can't be killed: the kernel holds it, or it is PID 1"
+        _within(_SAY_S, _say, f"{self._name}: no sign of life for {limit_s:g} s; process {self._pid} {what}\n")
 
     def _send(self, number: int) -> None:
         with suppress(ProcessLookupError):  # it has ended since
             signal.pidfd_send_signal(self._pidfd, number)
 
-    def _say(self, text: str) -> None:
-        with suppress(OSError):  # nobody reads it any more
-            sys.stderr.write(text)
-            sys.stderr.flush()
+
+def _within(seconds: float, work: Callable[[str], None], text: str) -> None:
+    """Call it, but don't wait for long: a full pipe or a storage that is down must not save a rank."""
+    thread = threading.Thread(target=work, args=(text,), daemon=True)
+    thread.start()
+    thread.join(seconds)
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # nobody reads it any more
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 if __name__ == "__main__":
     _Watcher(*map(int, sys.argv[1:]), **json.load(sys.stdin)).watch()
-    os._exit(0)  # a thread may still wait for a storage that hangs
+    os._exit(0)  # a thread may still wait for the storage
