@@ -33,3 +33,7 @@ class StoppedError(Exception):
     def __init__(self, step: int):
         super().__init__(step)
         self.step = step
+
+
+class TrackingError(RuntimeError):
+    """MLflow couldn't be reached or refused, where a verb is about nothing else: one line with its URI."""

@@ -17,7 +17,7 @@ from typing import Any
 from rich.logging import RichHandler
 
 from arat_dist.config import EvalConfig
-from arat_dist.errors import UserError, WorkersError
+from arat_dist.errors import TrackingError, UserError, WorkersError
 from arat_dist.recipe import iter_keys
 from launcher import verbs
 
@@ -42,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"arat: the training broke down: {error}", file=sys.stderr)
         return FAILED
+    except TrackingError as error:
+        print(f"arat: {error}; the same command later goes on", file=sys.stderr)
+        return FAILED
     except WorkersError as error:
         print(f"{error.tracebacks}\narat: {error}", file=sys.stderr)
         return FAILED
@@ -58,7 +61,7 @@ def _run(args: argparse.Namespace, extra: Sequence[str]) -> dict[str, Any] | Non
     """Call the verb. Libraries print, and so does Ray what its workers print: stdout is for results alone."""
     with redirect_stdout(sys.stderr):
         try:
-            args.overrides = _overrides(extra, allowed=args.verb in ("train", "demo", "bench"))
+            args.overrides = _overrides(extra, allowed=args.verb in ("train", "demo", "bench", "track"))
             return args.run(args)
         finally:
             if "ray" in sys.modules:
@@ -162,6 +165,13 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("out_dir", metavar="OUT_DIR", type=Path)
     verb.add_argument("--weights", choices=["raw", "ema", "swa"], help="(default: the last of these that it keeps)")
     verb.add_argument("--format", choices=["timm"], default="timm")
+
+    track = commands.add_parser("track", help="MLflow's copy of the metrics").add_subparsers(
+        dest="track_verb", required=True, metavar="VERB"
+    )
+    verb = _verb(track, "sync", verbs.track_sync, "deliver to MLflow what it lacks of a run that isn't training now")
+    verb.add_argument("target", metavar="RUN")
+    verb.epilog = "Keys of the recipe's section track can be overridden, as in --track.uri http://HOST:5000."
     return parser
 
 
