@@ -37,3 +37,7 @@ class StoppedError(Exception):
 
 class SupersededError(RuntimeError):
     """A later start of the run is at work, so this process, cut off perhaps, must write nothing more into it."""
+
+
+class TrackingError(RuntimeError):
+    """MLflow couldn't be reached or refused, where a verb is about nothing else: one line with its URI."""

@@ -1,157 +1,185 @@
 """MLflow as a mirror of metrics.jsonl: the only file that knows of it.
 
-The file is the truth and is written by the run itself. The mirror reads it, in the driver, off the step's path: a slow
-or absent MLflow server can neither slow the training down nor lose a line.
+The file is the truth and is written by the run itself. What MLflow lacks of it is sent while the run goes on
+(`arat_dist.mirror`) or later (`sync`); sending twice changes nothing.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
-from collections.abc import Callable
-from typing import Any, Self
+import uuid
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
 
 from arat_dist.config import Recipe
-from arat_dist.errors import UserError
+from arat_dist.errors import TrackingError, UserError
 from arat_dist.run import Run
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-
-logger = logging.getLogger(__name__)
+# Read by MLflow at its import or at each call; what the user has set stays. By default one call to a server that is
+# down blocks for minutes: here it fails at once, or after the time-out in seconds, and the mirror comes back to it.
+for _name, _value in {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+}.items():
+    os.environ.setdefault(_name, _value)
 
 MLFLOW = "mlflow.json"
-POLL_S = 0.5
-SLOWEST_POLL_S = 60
-LAST_TRIES = 3
+TAG = "arat.token"
+"""Tag of an MLflow run by which the run that it belongs to finds it again."""
 _PARAM_LENGTH = 500
+_BATCH = 1000
+"""Metrics that MLflow takes in one call; it applies all of a call or none."""
 
 
-class Follower(threading.Thread):
-    """Hands every line of a run's metrics.jsonl to a callback, in order, as the lines come; as a context, inside it.
+class Replica:
+    """One MLflow run, made equal to what a run's folder holds.
+
+    What is there already is asked of the server, when it is first reached and again after every call that failed: a
+    call whose answer was lost may have been applied. A metric that is there for a step isn't sent again. Of a line that
+    was lost with its worker and computed again, MLflow, which can't take a metric back, keeps the first values; the tag
+    `arat.recomputed_steps` names such steps.
 
     Args:
-        run: the run; its file need not exist yet.
-        on_line: called in this thread.
-    """
-
-    def __init__(self, run: Run, on_line: Callable[[dict[str, Any]], None]):
-        super().__init__(daemon=True, name=f"follow {run.name}")
-        self._run, self._on_line = run, on_line
-        self._offset = 0
-        self._done = threading.Event()
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-
-    def run(self) -> None:
-        """Read until stopped, then once more."""
-        while not self._done.wait(POLL_S):
-            self.read()
-        self.read()
-
-    def read(self) -> None:
-        """Hand over what came since."""
-        for line, offset in self._run.metrics_from(self._offset):
-            self._on_line(line)
-            self._offset = offset
-
-    def stop(self, timeout_s: float | None = None) -> None:
-        """Read what is left and end, within a time in seconds."""
-        self._done.set()
-        self.join(timeout_s)
-
-
-class Mirror(Follower):
-    """Keeps one MLflow run equal to a run's metrics.jsonl; connects in its own thread.
-
-    A run that goes on continues its MLflow run, from the first line that isn't there yet. What goes wrong is said once
-    in the log, stops nothing, and is tried again, ever more rarely.
+        run: the run; need not be finished.
+        recipe: its recipe.
+        uri: MLflow tracking URI.
     """
 
     def __init__(self, run: Run, recipe: Recipe, uri: str):
-        super().__init__(run, self._send)
-        self._recipe, self.uri = recipe, uri
-        self._client: Any = None
+        self._run, self._recipe, self.uri = run, recipe, uri
         self.run_id: str | None = None
-        self._last_step = -1
-        self._start_ms = 0
-        self._is_complete = self._has_complained = False
+        self.num_sent = 0
+        self._client: Any = None
+        self._status = ""
+        self._start_ms = self._offset = 0
+        self._recomputed: set[int] = set()
+        # Timestamp in ms by key and step of what the server has; None: it has to be asked.
+        self._there: dict[str, dict[int, int]] | None = None
 
-    def run(self) -> None:
-        """Connect and follow; once stopped, try a few times more to get everything across."""
-        pause_s, tries_left = POLL_S, LAST_TRIES
-        while tries_left:
-            stopping = self._done.wait(pause_s)
-            if self._catch_up():
-                pause_s, tries_left = POLL_S, 0 if stopping else LAST_TRIES
-            else:
-                pause_s = min(2 * pause_s, SLOWEST_POLL_S)
-                tries_left -= stopping
-            if stopping and tries_left:
-                time.sleep(POLL_S)
+    def update(self) -> None:
+        """Send what came since, and all that is missing if the server has to be asked; raises what MLflow raises."""
+        try:
+            if self._there is None:
+                self._there, self._offset = self._connect(), 0
+            lines = list(self._run.metrics_from(self._offset))
+            self._send(metric for line, _ in lines for metric in self._metrics(line))
+            self._offset = lines[-1][1] if lines else self._offset
+        except Exception:
+            self._there = None
+            raise
 
-    def finish(self, summary: dict[str, Any] | None, *, timeout_s: float = 60) -> None:
-        """Send what is left and close the MLflow run; gives up after a time in seconds.
+    def set_status(self, status: str, end_ms: int | None = None) -> None:
+        """Change MLflow's status of the run: RUNNING, FINISHED or FAILED; nothing if it is that already.
 
         Args:
-            summary: of the run; None where it failed.
-            timeout_s: how long to wait for what is left.
+            status: the new one.
+            end_ms: when a run ended, in ms since 1970; default: now.
         """
-        self.stop(timeout_s)
-        if self.is_alive() or not self._is_complete:
+        if status == self._status:
             return
+        if status == "RUNNING":
+            self._client.update_run(self.run_id, status=status)
+        else:
+            self._client.set_terminated(self.run_id, status, end_ms)
+        self._status = status
+
+    def close(self, summary: dict[str, Any], *, at_the_last_line: bool = False) -> None:
+        """Compare the whole file once more, add the final accuracies, and set the status.
+
+        Args:
+            summary: of the run; empty where it failed.
+            at_the_last_line: whether the run ended with its last line, and not now.
+        """
+        self._offset = 0
+        self.update()
+        last = max((line["time_s"] for line in self._run.metrics()), default=0.0)
+        keys = {f"val_{key}": summary.get(key) for key in ("clean_accuracy", "robust_accuracy")}
         try:
-            for key in ("clean_accuracy", "robust_accuracy"):
-                if summary and summary.get(key) is not None:
-                    self._client.log_metric(self.run_id, f"val_{key}", summary[key], step=summary["steps"])
-            self._client.set_terminated(self.run_id, "FINISHED" if summary else "FAILED")
-        except Exception as error:  # noqa: BLE001 - whatever MLflow raises, the run goes on
-            self._complain(error)
+            if summary:
+                self._send(self._metrics({"step": summary["steps"], "time_s": last, **keys}, but=("time_s",)))
+            if self._recomputed:
+                steps = f"{min(self._recomputed)} to {max(self._recomputed)}"
+                self._client.set_tag(self.run_id, "arat.recomputed_steps", steps)
+            end_ms = self._start_ms + round(1000 * last) if at_the_last_line else None
+            self.set_status("FINISHED" if summary else "FAILED", end_ms)
+        except Exception:
+            self._there = None
+            raise
 
-    def _catch_up(self) -> bool:
-        """Send all that isn't there yet; whether that worked."""
-        self._is_complete = False
-        try:
-            if self.run_id is None:
-                self._connect()
-            self.read()
-        except Exception as error:  # noqa: BLE001 - see finish
-            self._complain(error)
-            return False
-        self._is_complete = True
-        return True
+    def _metrics(self, line: dict[str, Any], but: tuple[str, ...] = ()) -> Iterator[Any]:
+        """The metrics of a line that the server lacks."""
+        from mlflow.entities import Metric
 
-    def _complain(self, error: Exception) -> None:
-        if not self._has_complained:
-            text = " ".join(str(error).split())
-            logger.warning("MLflow at %s: %s; metrics.jsonl has every line", self.uri, text)
-        self._has_complained = True
+        assert self._there is not None
+        step, at_ms = line["step"], self._start_ms + round(1000 * line["time_s"])
+        for key, value in line.items():
+            if key in ("step", *but) or not isinstance(value, int | float):
+                continue
+            first_ms = self._there.setdefault(key, {}).setdefault(step, -1)
+            if first_ms < 0:
+                self._there[key][step] = at_ms
+                yield Metric(key, float(value), at_ms, step)
+            elif first_ms != at_ms:
+                self._recomputed.add(step)
 
-    def _connect(self) -> None:
-        from mlflow.tracking import MlflowClient  # seconds of import, in this thread
+    def _send(self, metrics: Iterable[Any]) -> None:
+        rest = iter(metrics)
+        while batch := list(islice(rest, _BATCH)):
+            self._client.log_batch(self.run_id, metrics=batch)
+            self.num_sent += len(batch)
 
-        logging.getLogger("mlflow").setLevel(logging.WARNING)  # the tables of a new database are no news
-        self._client = MlflowClient(self.uri)
-        notes = self._run.folder.read_json(MLFLOW)
-        if notes.get("tracking_uri") == self.uri:
-            self._start_ms = self._client.get_run(notes["run_id"]).info.start_time
-            self._client.update_run(notes["run_id"], status="RUNNING")
-            history = self._client.get_metric_history(notes["run_id"], "loss")
-            self._last_step = max((metric.step for metric in history), default=-1)
-            self.run_id = notes["run_id"]
-            return
-        created = self._client.create_run(self._experiment(), run_name=self._run.name)
-        run_id, self._start_ms = created.info.run_id, created.info.start_time
-        for key, value in flatten(self._recipe.model_dump(mode="json")).items():
-            self._client.log_param(run_id, key, str(value)[:_PARAM_LENGTH])
-        self._run.folder.write_json(MLFLOW, {"tracking_uri": self.uri, "run_id": run_id})
+    def _connect(self) -> dict[str, dict[int, int]]:
+        """Find or create the MLflow run, complete its parameters; the timestamps by key and step that it has."""
+        from mlflow.entities import Param
+        from mlflow.tracking import MlflowClient  # seconds of import, in the mirror's thread
+
+        logging.getLogger("mlflow").setLevel(logging.ERROR)  # the tables of a new database are no news
+        self._client = self._client or MlflowClient(self.uri)
+        found = self._find_or_create()
+        run_id = found.info.run_id
+        self._status, self._start_ms = found.info.status, found.info.start_time
+        values = flatten(self._recipe.model_dump(mode="json"))
+        params = [Param(key, str(value)[:_PARAM_LENGTH]) for key, value in values.items()]
+        self._client.log_batch(run_id, params=[each for each in params if each.key not in found.data.params])
+        there = {
+            key: {metric.step: metric.timestamp for metric in self._client.get_metric_history(run_id, key)}
+            for key in found.data.metrics
+        }
         self.run_id = run_id
+        return there
+
+    def _find_or_create(self) -> Any:
+        """The MLflow run. What finds it again is on the disk before it is created: an answer may be lost."""
+        from mlflow.exceptions import MlflowException
+
+        notes = self._run.folder.read_json(MLFLOW)
+        if notes.get("tracking_uri") != self.uri:
+            last = max((line["time_s"] for line in self._run.metrics()), default=0.0)
+            start_ms = round(1000 * (time.time() - last))
+            notes = {"tracking_uri": self.uri, "token": uuid.uuid4().hex, "start_ms": start_ms}
+            self._run.folder.write_json(MLFLOW, notes)
+        if "run_id" in notes:
+            try:
+                return self._client.get_run(notes["run_id"])
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":  # else the server has begun anew
+                    raise
+        experiment = self._experiment()
+        same = self._client.search_runs([experiment], f"tags.`{TAG}` = '{notes['token']}'")
+        found = (
+            same[0]
+            if same
+            else self._client.create_run(
+                experiment, start_time=notes["start_ms"], tags={TAG: notes["token"]}, run_name=self._run.name
+            )
+        )
+        self._run.folder.write_json(MLFLOW, notes | {"run_id": found.info.run_id})
+        return found
 
     def _experiment(self) -> str:
         name = self._recipe.track.experiment
@@ -160,17 +188,37 @@ class Mirror(Follower):
         # Without it, MLflow would put artifacts into ./mlruns of whoever comes first.
         return self._client.create_experiment(name, artifact_location=f"{self._run.storage.uri}/mlartifacts")
 
-    def _send(self, line: dict[str, Any]) -> None:
-        from mlflow.entities import Metric
 
-        if line["step"] <= self._last_step:
-            return
-        timestamp_ms = self._start_ms + int(line["time_s"] * 1000)
-        metrics = [
-            Metric(key, float(value), timestamp_ms, line["step"]) for key, value in line.items() if key != "step"
-        ]
-        self._client.log_batch(self.run_id, metrics=metrics)
-        self._last_step = line["step"]
+def sync(run: Run, recipe: Recipe) -> dict[str, Any]:
+    """Deliver to MLflow what it lacks of a run that isn't training now; once more changes nothing.
+
+    Args:
+        run: finished or not, known to MLflow or not.
+        recipe: its recipe; `track` says where to.
+
+    Returns:
+        `name`, `mlflow_tracking_uri`, `mlflow_run_id`, `status` there, and `metrics_sent`, the number that was missing.
+
+    Raises:
+        UserError: the recipe wants no mirror, or a process trains this run.
+        TrackingError: MLflow can't be reached, or refuses.
+    """
+    uri = tracking_uri(recipe, run)
+    if uri is None:
+        raise UserError(f"track.mlflow: false: the run {run.name} has no mirror; --track.mlflow true would be right")
+    replica, summary = Replica(run, recipe, uri), run.summary()
+    with run.locked():
+        try:
+            replica.close(summary, at_the_last_line=True)
+        except Exception as error:
+            raise TrackingError(f"track.uri: {uri}: {one_line(error)}") from error
+    return {
+        "name": run.name,
+        "mlflow_tracking_uri": uri,
+        "mlflow_run_id": replica.run_id,
+        "status": "FINISHED" if summary else "FAILED",
+        "metrics_sent": replica.num_sent,
+    }
 
 
 def tracking_uri(recipe: Recipe, run: Run) -> str | None:
@@ -196,3 +244,8 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split())

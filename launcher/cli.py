@@ -17,7 +17,7 @@ from typing import Any
 from rich.logging import RichHandler
 
 from arat_dist.config import EvalConfig
-from arat_dist.errors import UserError, WorkersError
+from arat_dist.errors import TrackingError, UserError, WorkersError
 from arat_dist.recipe import iter_keys
 from launcher import verbs
 from launcher.submit import JobError
@@ -25,7 +25,7 @@ from launcher.submit import JobError
 BAD_INPUT = 2
 FAILED = 1
 
-_TAKE_OVERRIDES = ("train", "demo", "bench")
+_TAKE_OVERRIDES = ("train", "demo", "bench", "track")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except JobError as error:
         print(f"arat: {error}", file=sys.stderr)
         return error.status
+    except TrackingError as error:
+        print(f"arat: {error}; the same command later goes on", file=sys.stderr)
+        return FAILED
     except WorkersError as error:
         print(f"{error.tracebacks}\narat: {error}", file=sys.stderr)
         return FAILED
@@ -177,6 +180,13 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--no-wait", action="store_true", help="print the job's id and leave")
     verb.add_argument("command", metavar="-- VERB ...", nargs="+", help="as on the command line, behind a --")
     verb.epilog = "The token is read from RAY_AUTH_TOKEN or ~/.ray/auth_token. The cluster's image holds this package."
+
+    track = commands.add_parser("track", help="MLflow's copy of the metrics").add_subparsers(
+        dest="track_verb", required=True, metavar="VERB"
+    )
+    verb = _verb(track, "sync", verbs.track_sync, "deliver to MLflow what it lacks of a run that isn't training now")
+    verb.add_argument("target", metavar="RUN")
+    verb.epilog = "Keys of the recipe's section track can be overridden, as in --track.uri http://HOST:5000."
     return parser
 
 

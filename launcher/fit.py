@@ -21,11 +21,12 @@ from arat_dist.config import (
 )
 from arat_dist.data.manifest import load_manifest
 from arat_dist.errors import UserError
+from arat_dist.mirror import Follower, Mirror
 from arat_dist.preflight import check_recipe
 from arat_dist.run import Run
 from arat_dist.storage import absolute_path
 from arat_dist.targets import export_run
-from arat_dist.tracking import Follower, Mirror, tracking_uri
+from arat_dist.tracking import tracking_uri
 from arat_dist.train import num_steps, train
 from launcher.cluster import run_workers
 from launcher.progress import TrainingProgress

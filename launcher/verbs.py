@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from arat_dist.errors import UserError
-from arat_dist.recipe import load_recipe
+from arat_dist.recipe import load_recipe, parse_recipe
 
 if TYPE_CHECKING:
     from arat_dist.data.manifest import Manifest
@@ -153,6 +153,24 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
         f"its logits differ by at most {exported.max_difference:.1e}",
     )
     return {"export": str(exported.folder), "max_difference": exported.max_difference}
+
+
+def track_sync(args: argparse.Namespace) -> dict[str, Any]:
+    """`arat track sync`."""
+    from arat_dist.run import Run
+    from arat_dist.tracking import sync
+
+    run = Run.at(args.target)
+    for key, _ in args.overrides:
+        if not key.startswith("track."):
+            raise UserError(f"--{key}: a key of the section track, such as --track.uri, would be right")
+    result = sync(run, parse_recipe(run.recipe().model_dump(mode="json"), args.overrides))
+    _print_unless_json(
+        args,
+        f"{args.target}: {result['metrics_sent']} metrics sent, now {result['status']} as "
+        f"{result['mlflow_run_id']} at {result['mlflow_tracking_uri']}",
+    )
+    return result
 
 
 def bench_step(args: argparse.Namespace) -> dict[str, Any]:
