@@ -1,18 +1,20 @@
 """Checkpoints: written whole or not at all, verified before use, the newest good one found.
 
 A folder checkpoints/step_00001234/ holds model.safetensors (the objective: net, predictors, balance), ema.safetensors
-(the net's averaged weights, if kept), optimizer.pt (read with weights_only=True) and manifest.json (the step and each
-file's SHA-256), which is written last: a folder without it is no checkpoint.
+and swa.safetensors (the net's averaged weights, if kept), optimizer.pt (read with weights_only=True),
+progress.safetensors (what each rank has of its own), about.json (what is known of the run and of the weights) and
+manifest.json (the step and each file's SHA-256), which is written last: a folder without it is no checkpoint.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import logging
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +27,8 @@ from arat_dist.storage import Storage
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+ABOUT = "about.json"
+_NEEDED = {"model.safetensors", "optimizer.pt", "progress.safetensors", ABOUT}
 
 
 @dataclass(frozen=True)
@@ -41,19 +45,55 @@ class Checkpoint:
     """State dicts by name: "model" is the objective's, "ema" the averaged classifier's."""
     optimizer: dict[str, Any] = field(default_factory=dict)
     """The optimizer's state dict; empty when it was not asked for."""
+    progress: Mapping[str, Tensor] = field(default_factory=dict)
+    """Small tensors with a row for each rank, [world_size, ...]: running statistics, the sums of an unfinished line."""
+    about: Mapping[str, Any] = field(default_factory=dict)
+    """Plain values: hash of the run's recipe, the accuracies of the weights, counts of the log."""
+
+    @property
+    def robust_accuracy(self) -> float | None:
+        """Of an evaluation in the course of training; None if these weights had none."""
+        return self.about.get("robust_accuracy")
 
 
-def save_checkpoint(folder: Storage, checkpoint: Checkpoint, *, keep: int) -> str:
-    """Write a checkpoint into the folder of all, then delete those before it but `keep - 1`; returns its name."""
+def save_checkpoint(
+    folder: Storage, checkpoint: Checkpoint, *, keep: int, check: Callable[[], None] = lambda: None
+) -> str:
+    """Write a checkpoint into the folder of all, then delete those before it but `keep - 1` and the best.
+
+    What is there stays until the new one is whole: a save that breaks off, on a full disk for example, takes away what
+    it has written and nothing else.
+
+    Args:
+        folder: of all checkpoints of the run.
+        checkpoint: what to write.
+        keep: newest ones that are kept; besides, the one with the best robust accuracy is.
+        check: called before each file; what it raises ends the save.
+
+    Returns:
+        Its name.
+
+    Raises:
+        OSError: it can't be written.
+    """
     name = _name(checkpoint.step)
     target = folder / name
+    check()
     target.delete(MANIFEST)
     files = {f"{part}.safetensors": _to_safetensors(state) for part, state in checkpoint.weights.items()}
     files["optimizer.pt"] = _to_torch(checkpoint.optimizer)
-    for file, content in files.items():
-        target.write(file, content)
+    files["progress.safetensors"] = _to_safetensors(checkpoint.progress)
+    files[ABOUT] = json.dumps(checkpoint.about, indent=2).encode() + b"\n"
     hashes = {file: hashlib.sha256(content).hexdigest() for file, content in files.items()}
-    target.write_json(MANIFEST, {"step": checkpoint.step, "sha256": hashes})
+    try:
+        for file, content in files.items():
+            check()
+            target.write(file, content)
+        check()
+        target.write_json(MANIFEST, {"step": checkpoint.step, "sha256": hashes})
+    except OSError:
+        folder.delete(name)
+        raise
     _retire(folder, name, keep - 1)
     return name
 
@@ -63,13 +103,24 @@ def _name(step: int) -> str:
 
 
 def _retire(folder: Storage, newest: str, keep: int) -> None:
-    """Delete the checkpoints before `newest` but the last `keep` whole ones: a save that broke off is worth nothing."""
+    """Delete what lies before `newest`, broken-off saves too, but the last `keep` whole ones and the best."""
     older = [name for name in checkpoint_names(folder) if name < newest]
     whole = [name for name in older if (folder / name).exists(MANIFEST)]
-    kept = whole[max(0, len(whole) - keep) :]
+    kept = {*whole[max(0, len(whole) - keep) :], best_checkpoint(folder)}
     for name in older:
         if name not in kept:
             folder.delete(name)
+
+
+def best_checkpoint(folder: Storage) -> str | None:
+    """Name of the checkpoint with the best robust accuracy, the newest of equals; None where none was measured."""
+    measured = []
+    for name in checkpoint_names(folder):
+        with contextlib.suppress(DamagedError, ValueError):
+            hashes = _read_manifest(folder / name)[1]
+            score = json.loads(_read_verified(folder / name, ABOUT, hashes.get(ABOUT, ""))).get("robust_accuracy")
+            measured += [] if score is None else [(score, name)]
+    return max(measured)[1] if measured else None
 
 
 def checkpoint_names(folder: Storage) -> list[str]:
@@ -93,29 +144,40 @@ class DamagedError(Exception):
 
 def load_checkpoint(folder: Storage, *, with_optimizer: bool = True) -> Checkpoint:
     """Read one checkpoint, every file checked against the manifest (DamagedError)."""
-    try:
-        manifest = json.loads(folder.read(MANIFEST))
-        step, hashes = int(manifest["step"]), dict(manifest["sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DamagedError(f"{folder.path(MANIFEST)}: {type(error).__name__}") from error
+    step, hashes = _read_manifest(folder)
     if not folder.uri.endswith(f"/{_name(step)}"):
         raise DamagedError(f"{folder.path(MANIFEST)}: says step {step}")
-    if missing := {"model.safetensors", "optimizer.pt"} - hashes.keys():
+    if missing := _NEEDED - hashes.keys():
         raise DamagedError(f"{folder.path(MANIFEST)}: names no {' and no '.join(sorted(missing))}")
     weights: dict[str, dict[str, Tensor]] = {}
     optimizer: dict[str, Any] = {}
+    progress: dict[str, Tensor] = {}
+    about: dict[str, Any] = {}
     for file, expected in hashes.items():
         if file == "optimizer.pt" and not with_optimizer:
             continue
         content = _read_verified(folder, file, expected)
-        if file.endswith(".safetensors"):
+        if file == ABOUT:
+            about = json.loads(content)
+        elif file == "progress.safetensors":
+            progress = safetensors.torch.load(content)
+        elif file.endswith(".safetensors"):
             weights[file.removesuffix(".safetensors")] = safetensors.torch.load(content)
         else:
             try:
                 optimizer = torch.load(io.BytesIO(content), weights_only=True, map_location="cpu")
             except (pickle.UnpicklingError, RuntimeError) as error:
                 raise DamagedError(f"{folder.path(file)}: holds more than tensors and plain values") from error
-    return Checkpoint(step, weights, optimizer)
+    return Checkpoint(step, weights, optimizer, progress, about)
+
+
+def _read_manifest(folder: Storage) -> tuple[int, dict[str, str]]:
+    """Step and SHA-256 by file (DamagedError)."""
+    try:
+        manifest = json.loads(folder.read(MANIFEST))
+        return int(manifest["step"]), dict(manifest["sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"{folder.path(MANIFEST)}: {type(error).__name__}") from error
 
 
 def _read_verified(folder: Storage, file: str, expected: str) -> bytes:

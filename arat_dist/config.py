@@ -341,11 +341,16 @@ class TrainConfig(Section):
     norm_samples: Count = 10_000
     """Training pictures from which the averaged nets' norm statistics are measured at the end of the run."""
     log_every: Count = 50
-    """Steps between two lines of metrics.jsonl; every checkpoint writes one too."""
+    """Steps between two lines of metrics.jsonl."""
     checkpoint_every: Count | None = None
     """Steps between two checkpoints; default: once an epoch."""
+    checkpoint_minutes: Positive | None = None
+    """Longest time between two checkpoints, in minutes; default: no limit."""
     keep_checkpoints: Count = 2
-    """Newest checkpoints kept."""
+    """Newest checkpoints kept; besides, the one with the best robust accuracy is (`eval.every`)."""
+    max_skipped_steps: Count = 10
+    """Steps in a row that may be skipped because their gradient is no number; then the run goes back to its newest
+    checkpoint, and ends if that doesn't help."""
     max_steps: Count | None = None
     """Stop after this many steps; schedules still run over all epochs. Default: no limit."""
 
@@ -372,6 +377,12 @@ class EvalConfig(Section):
     """Pictures of one pass, per worker."""
     limit: Count | None = None
     """Only so many pictures, evenly spaced over the set; default: all."""
+    every: Count | None = None
+    """Epochs between two evaluations in the course of training; default: none."""
+    every_attack: Annotated[str, AfterValidator(_attack_name)] = "pgd10"
+    """Their attack."""
+    every_limit: Count | None = 1000
+    """Their number of pictures, evenly spaced over the set; null: all."""
     seed: Annotated[Integer, Field(ge=0, lt=2**31)] = 0
     """Fixes the attack's start per picture."""
 

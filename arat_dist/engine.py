@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -50,6 +50,12 @@ class Rank:
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """What all ranks have, [world_size, ...], on every rank; small tensors of one shape."""
+        rows = tensor.new_zeros(self.world_size, *tensor.shape)
+        rows[self.index] = tensor
+        return self.all_reduce(rows)
 
 
 class Engine(Protocol):
@@ -211,14 +217,32 @@ def build_engine(
     return DDPEngine(objective, optim, rank, scales_loss=scales_loss)
 
 
-def average_statistics(module: nn.Module, rank: Rank) -> None:
-    """Set the running statistics of every norm layer to their mean over the ranks, in one all-reduce."""
+@contextmanager
+def averaged_statistics(module: nn.Module, rank: Rank) -> Iterator[None]:
+    """Inside, the running statistics of every norm layer are their mean over the ranks; afterwards each rank's own.
+
+    Every rank calls it: one all-reduce.
+    """
+    own = statistics_of(module)
+    if rank.world_size > 1 and own.numel():
+        set_statistics(module, rank.all_reduce(own.clone()) / rank.world_size)
+    try:
+        yield
+    finally:
+        if rank.world_size > 1 and own.numel():
+            set_statistics(module, own)
+
+
+def statistics_of(module: nn.Module) -> Tensor:
+    """The running statistics of all norm layers in one row, a copy; empty where there are none."""
+    statistics = [statistic.flatten() for statistic in _running_statistics(module)]
+    return torch.cat(statistics) if statistics else torch.empty(0)
+
+
+def set_statistics(module: nn.Module, row: Tensor) -> None:
+    """Put back what `statistics_of` gave."""
     statistics = list(_running_statistics(module))
-    if rank.world_size == 1 or not statistics:
-        return
-    joined = rank.all_reduce(torch.cat([s.flatten() for s in statistics])) / rank.world_size
-    parts = joined.split([s.numel() for s in statistics])
-    for statistic, part in zip(statistics, parts, strict=True):
+    for statistic, part in zip(statistics, row.split([s.numel() for s in statistics]), strict=True):
         statistic.copy_(part.view_as(statistic))
 
 

@@ -37,3 +37,7 @@ class StoppedError(Exception):
     def __init__(self, step: int):
         super().__init__(step)
         self.step = step
+
+
+class SupersededError(RuntimeError):
+    """A later start of the run is at work, so this process, cut off perhaps, must write nothing more into it."""

@@ -112,7 +112,7 @@ def count_correct(
 
     The net is in eval mode and in full precision, and its adv branch is the one measured.
     """
-    torch.backends.cudnn.allow_tf32 = False  # torch's default for convolutions on GPUs is TF32
+    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False  # else convolutions on GPUs use it
     counts = torch.zeros(3, dtype=torch.int64, device=device)
     was_training = classifier.training
     classifier.eval()
@@ -122,6 +122,7 @@ def count_correct(
             right = verdicts(classifier, pixels, labels.to(device), keys.to(device), attack)
             counts += torch.stack([counts.new_tensor(len(labels)), *(verdict.sum() for verdict in right)])
     classifier.train(was_training)
+    torch.backends.cudnn.allow_tf32 = tf32
     return counts
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from arat_dist.config import ClusterConfig, Recipe
-from arat_dist.errors import UserError
+from arat_dist.errors import SupersededError, UserError
 from arat_dist.recipe import parse_recipe
 from arat_dist.storage import Storage
 
@@ -20,13 +20,17 @@ METRICS = "metrics.jsonl"
 RECIPE = "recipe.yaml"
 SUMMARY = "summary.json"
 ATTEMPTS = "attempts.jsonl"
+SKIPPED = "skipped.jsonl"
 DATA = "data.json"
 LOCK = ".lock"
 
 # What may differ between two launches of one run: nothing here changes a weight.
 _FREE_SECTIONS = ("cluster", "track", "eval", "engine")
 _FREE_KEYS = {
-    "train": ("log_every", "checkpoint_every", "keep_checkpoints", "max_steps", "grad_checkpointing"),
+    "train": (
+        *("log_every", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "max_steps", "max_skipped_steps"),
+        "grad_checkpointing",
+    ),
     # Sets may move: what they hold is compared instead.
     "data": ("train", "val", "loader_threads", "stage_to"),
 }
@@ -127,17 +131,27 @@ class Run:
         """Write the summary: from now on the run is finished."""
         self.folder.write_json(SUMMARY, summary)
 
-    def begin_attempt(self, **values: object) -> None:
-        """Note that the work starts or goes on: one line of attempts.jsonl each time."""
+    def begin_attempt(self, **values: object) -> int:
+        """Note that the work starts or goes on: one line of attempts.jsonl each time; returns its number."""
         self.folder.append(ATTEMPTS, json.dumps(values).encode() + b"\n")
+        return self.num_attempts()
+
+    def check_attempt(self, number: int) -> None:
+        """Refuse to go on if the work has been started again since (SupersededError)."""
+        if (newest := self.num_attempts()) != number:
+            raise SupersededError(f"{self.name}: start {newest} of this run is at work, this is start {number}")
+
+    def note_skipped(self, step: int, samples: Sequence[int]) -> None:
+        """Append a line to skipped.jsonl: a step, counted from 1, and the indices of the samples of its batch."""
+        self.folder.append(SKIPPED, json.dumps({"step": step, "samples": samples}).encode() + b"\n")
 
     def num_attempts(self) -> int:
         """How often the work was started, by a launch or by a restart of the workers."""
         return self.folder.read(ATTEMPTS).count(b"\n") if self.folder.exists(ATTEMPTS) else 0
 
-    def log(self, line: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
-        self.folder.append(METRICS, json.dumps(line).encode() + b"\n")
+    def log(self, *lines: dict[str, Any]) -> None:
+        """Append lines to metrics.jsonl, all or none (OSError)."""
+        self.folder.append(METRICS, b"".join(json.dumps(line).encode() + b"\n" for line in lines))
 
     def metrics(self) -> list[dict[str, Any]]:
         """All whole lines of metrics.jsonl."""

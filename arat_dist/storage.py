@@ -85,12 +85,18 @@ class Storage:
             temporary.unlink(missing_ok=True)
 
     def append(self, name: str, content: bytes) -> None:
-        """Add to a file. Object stores can't: there the whole file is written again."""
+        """Add to a file, all or nothing. Object stores can't add: there the whole file is written again."""
         if self.is_local:
             target = Path(self.path(name))
             target.parent.mkdir(parents=True, exist_ok=True)
-            with target.open("ab") as file:
-                file.write(content)
+            size = target.stat().st_size if target.exists() else 0
+            try:
+                with target.open("ab") as file:
+                    file.write(content)
+            except OSError:  # a full disk takes a part; half a line would join the next one
+                with contextlib.suppress(OSError):
+                    os.truncate(target, size)
+                raise
         else:
             self.write(name, (self.read(name) if self.exists(name) else b"") + content)
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from arat_dist.agreement import Agreement, Wish
 from arat_dist.averaging import Average, build_averages, restate
-from arat_dist.checkpoint import Checkpoint, checkpoint_names, load_newest, save_checkpoint
+from arat_dist.checkpoint import checkpoint_names, load_newest
 from arat_dist.config import Recipe
 from arat_dist.data.loader import train_loader
 from arat_dist.data.manifest import Manifest, load_manifest
@@ -19,8 +20,10 @@ from arat_dist.data.order import SampleOrder
 from arat_dist.data.staging import stage_data
 from arat_dist.device_augment import build_device_augment
 from arat_dist.diagnostics import branch_distance, gradient_conflict
-from arat_dist.engine import Engine, Rank, average_statistics, build_engine
+from arat_dist.engine import Rank, averaged_statistics, build_engine
+from arat_dist.errors import StoppedError
 from arat_dist.evaluate import eval_config, evaluate
+from arat_dist.guard import BufferGuard, DivergedError, SkipCounter
 from arat_dist.metrics import MetricsLog
 from arat_dist.models.backbone import with_centre_crop
 from arat_dist.models.classifier import Classifier
@@ -28,6 +31,7 @@ from arat_dist.objectives import build_objective
 from arat_dist.objectives.base import Objective, Output
 from arat_dist.optim import lr_at
 from arat_dist.run import Run
+from arat_dist.saving import Saver, capture, take_up
 from arat_dist.step import compute_gradients, micro_batches, part_sizes
 
 logger = logging.getLogger(__name__)
@@ -37,9 +41,26 @@ def train(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
     """Train on one rank, going on from the run's newest good checkpoint, and evaluate the result.
 
     Every rank calls it; the first one writes the run's files. Returns the training's part of the summary.
+
+    Raises:
+        StoppedError: `rank.stop_wanted` of some rank; there is a checkpoint.
+        DivergedError: the gradient stayed no number, also after going back to the newest checkpoint.
     """
-    settings = recipe.train
     stage_data(recipe.data)
+    diverged_at = 0
+    while True:
+        try:
+            return train_once(recipe, run, rank)
+        except DivergedError as error:
+            if error.step <= diverged_at:
+                raise
+            diverged_at = error.step
+            logger.warning("%s; going back to the newest checkpoint", error)
+
+
+def train_once(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
+    """`train`, until the gradient is no number too often."""
+    settings = recipe.train
     torch.manual_seed(settings.seed)
     order = sample_order(recipe)
     checkpoint = load_newest(run.checkpoints)
@@ -49,12 +70,17 @@ def train(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
     scales_loss = settings.precision == "fp16"
     engine = build_engine(objective, recipe.engine, recipe.optim, rank, scales_loss=scales_loss)
     averages = build_averages(recipe, objective.classifier, order.num_samples)
-    start = resume(checkpoint, engine, averages)
+    if checkpoint is not None:
+        take_up(checkpoint, engine, averages, rank)
+        logger.info("going on after step %d", checkpoint.step)
+    start = 0 if checkpoint is None else checkpoint.step
     stop = max(start, num_steps(recipe))
     check_agreement(start, load_manifest(recipe.data.train), rank)
-    log = MetricsLog(run, rank, start)
-    if rank.is_first:
-        run.begin_attempt(step=start, num_steps=stop, world_size=rank.world_size)
+    log, guard = MetricsLog(run, rank, checkpoint), BufferGuard(objective)
+    skips = SkipCounter(run, order, min(settings.max_skipped_steps, stop), writes=rank.is_first)
+    agreement = Agreement(rank, settings.checkpoint_minutes)
+    check = begin(run, rank, step=start, num_steps=stop)
+    log.write_only_if(check)
 
     def inspect(out: Output, share: float) -> None:
         log.note(diagnose(objective, out.terms, share, rank))
@@ -65,35 +91,54 @@ def train(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
         full_share = order.share(0, rank.index, rank.world_size)
         sizes = set(part_sizes(len(full_share), settings.micro_batches))
         objective.compile_backbones(sizes, num_sides=len(recipe.data.training_sizes))
-    with train_loader(recipe.data, settings.seed, order.largest_share(rank.world_size)) as loader:
+    with (
+        Saver(run.checkpoints, keep=settings.keep_checkpoints, check=check) as saver,
+        train_loader(recipe.data, settings.seed, order.largest_share(rank.world_size)) as loader,
+    ):
         shares = order.shares(rank.index, rank.world_size, start, stop)
         batches = loader.iterate(shares, lambda at: image_size(recipe, order, start + at))
         for step, batch in enumerate(log.waiting(batches), start):
             done, global_size = step + 1, order.batch_size_at(step)
+            wish = agreement.exchange()
             engine.set_lr(lr := learning_rate(recipe, order, step))
             objective.begin_step(order.epochs_after(step))
-            with log.computing():
+            with log.timing("compute"):
+                guard.remember()
                 parts = micro_batches(batch, settings.micro_batches, global_size, rank, augment)
                 reseed = partial(seed_step, settings.seed, step, rank)
                 look = inspect if is_due(done, recipe.track.diagnostics_every) else None
-                log.add(compute_gradients(engine, parts, rank.world_size / global_size, reseed, look))
-            saves = done == stop or is_due(done, settings.checkpoint_every, order.ends_epoch(step))
-            with log.computing():
+                result = compute_gradients(engine, parts, rank.world_size / global_size, reseed, look)
                 gradient_norm = engine.step()
-            # A line goes before each checkpoint: it refuses a loss that is no number, and a resumed run begins a line.
-            if saves or is_due(done, settings.log_every):
-                log.write(done, order.epochs_after(done), lr, gradient_norm)
+                guard.restore_unless(finite := gradient_norm.isfinite())
+            log.add(result, finite)
             for average in averages.values():
                 average.update(objective.classifier, done)
             if order.ends_epoch(step):
                 objective.end_epoch(rank.all_reduce)
             if done == stop:
                 restate_all(objective, averages, recipe, rank)
-            if saves:
-                save(run, engine, averages, rank, done, keep=settings.keep_checkpoints)
+            about: dict[str, Any] = {}
+            if evaluates := is_evaluation_due(recipe, order, step) and done < stop:
+                about = evaluate_now(objective, averages, recipe, rank)
+                log.note({f"val_{name}": torch.tensor(value, device=rank.device) for name, value in about.items()})
+            if done == stop or evaluates or is_due(done, settings.log_every):
+                skips.see(done, log.write(done, order.epochs_after(done), lr, gradient_norm))
+            if wish or done == stop or is_due(done, settings.checkpoint_every, order.ends_epoch(step)):
+                with log.timing("checkpoint"):
+                    progress, line = log.state()
+                    about |= {"recipe_sha256": recipe.sha256(), "line": line}
+                    copy = capture(done, engine, averages, rank, progress, about)
+                    if copy is not None:
+                        saver.submit(copy, None if wish is Wish.STOP or done == stop else finite)
+                agreement.saved()
+            if wish is Wish.STOP and done < stop:
+                saver.finish()
+                raise StoppedError(done)
+        saver.finish()
 
-    weights, classifier = result(objective, averages)
-    scores = evaluate(classifier, recipe.data, eval_config(recipe), rank)
+    weights, classifier = result_of(objective, averages)
+    with averaged_statistics(classifier, rank):
+        scores = evaluate(classifier, recipe.data, eval_config(recipe), rank)
     return {
         "epochs": settings.epochs,
         "steps": stop,
@@ -104,6 +149,16 @@ def train(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
         "checkpoint": run.checkpoints.path(checkpoint_names(run.checkpoints)[-1]) if rank.is_first else None,
         **log.summary(),
     }
+
+
+def begin(run: Run, rank: Rank, **values: int) -> Callable[[], None]:
+    """Note that this start of the run is the newest one; gives a check that it still is, for before files are written.
+
+    A process that was cut off, by its network for example, may live on and come back when others have gone on.
+    """
+    if not rank.is_first:
+        return lambda: None
+    return partial(run.check_attempt, run.begin_attempt(**values, world_size=rank.world_size))
 
 
 def sample_order(recipe: Recipe) -> SampleOrder:
@@ -160,22 +215,31 @@ def restate_all(objective: Objective, averages: Mapping[str, Average], recipe: R
             restate(objective, average.classifier, recipe, rank)
 
 
-def result(objective: Objective, averages: Mapping[str, Average]) -> tuple[str, Classifier]:
+def result_of(objective: Objective, averages: Mapping[str, Average]) -> tuple[str, Classifier]:
     """Name and net of the weights that the run is for: those of the last average that has begun, else the raw ones."""
     nets = {"raw": objective.classifier} | {name: each.classifier for name, each in averages.items() if each.has_begun}
     return list(nets.items())[-1]
 
 
-def resume(checkpoint: Checkpoint | None, engine: Engine, averages: Mapping[str, Average]) -> int:
-    """Take up a checkpoint, if there is one; returns the steps done."""
-    if checkpoint is None:
-        return 0
-    engine.objective.load_state_dict(checkpoint.weights["model"])
-    engine.load_state_dict(checkpoint.optimizer)
-    for name, average in averages.items():
-        average.resume(checkpoint.weights.get(name), checkpoint.step)
-    logger.info("going on after step %d", checkpoint.step)
-    return checkpoint.step
+def is_evaluation_due(recipe: Recipe, order: SampleOrder, step: int) -> bool:
+    """Whether an evaluation in the course of training follows a step."""
+    every = recipe.eval.every
+    return every is not None and order.ends_epoch(step) and (order.epoch_of(step) + 1) % every == 0
+
+
+def evaluate_now(objective: Objective, averages: Mapping[str, Average], recipe: Recipe, rank: Rank) -> dict[str, float]:
+    """Clean and robust accuracy in the course of training, of the raw weights or their EMA.
+
+    An average of weights that hasn't its norms' statistics measured, SWA's, says nothing yet.
+    """
+    net = averages["ema"].classifier if "ema" in averages and averages["ema"].has_begun else objective.classifier
+    config = eval_config(recipe).model_copy(
+        update={"attack": recipe.eval.every_attack, "limit": recipe.eval.every_limit}
+    )
+    with averaged_statistics(net, rank):
+        scores = evaluate(net, recipe.data, config, rank)
+    accuracies = {"clean_accuracy": scores.clean_accuracy, "robust_accuracy": scores.robust_accuracy}
+    return {name: value for name, value in accuracies.items() if value is not None}
 
 
 def check_agreement(start: int, manifest: Manifest, rank: Rank) -> None:
@@ -194,16 +258,3 @@ def check_agreement(start: int, manifest: Manifest, rank: Rank) -> None:
         )
     if (sets != sets[0]).any():
         raise RuntimeError("the workers have different files under data.train; copies of one .beton would be right")
-
-
-def save(run: Run, engine: Engine, averages: Mapping[str, Average], rank: Rank, step: int, *, keep: int) -> None:
-    """Join what the ranks know, then write a checkpoint on the first one."""
-    engine.objective.sync(rank.all_reduce)
-    average_statistics(engine.objective, rank)
-    weights = {"model": engine.objective.state_dict()}
-    for name, average in averages.items():
-        if average.has_begun:
-            average_statistics(average.classifier, rank)
-            weights[name] = average.classifier.state_dict()
-    if rank.is_first:
-        save_checkpoint(run.checkpoints, Checkpoint(step, weights, engine.state_dict()), keep=keep)

@@ -20,9 +20,12 @@ from arat_dist.config import EvalConfig
 from arat_dist.errors import ClusterError, StoppedError, UserError, WorkersError
 from arat_dist.recipe import iter_keys
 from launcher import verbs
+from launcher.submit import JobError
 
 BAD_INPUT = 2
 FAILED = 1
+
+_TAKE_OVERRIDES = ("train", "demo", "bench")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,6 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FloatingPointError as error:
         print(f"arat: the training broke down: {error}", file=sys.stderr)
         return FAILED
+    except JobError as error:
+        print(f"arat: {error}", file=sys.stderr)
+        return error.status
     except WorkersError as error:
         print(f"{error.tracebacks}\narat: {error}", file=sys.stderr)
         return FAILED
@@ -64,7 +70,10 @@ def _run(args: argparse.Namespace, extra: Sequence[str]) -> dict[str, Any] | Non
     """Call the verb. Libraries print, and so does Ray what its workers print: stdout is for results alone."""
     with redirect_stdout(sys.stderr):
         try:
-            args.overrides = _overrides(extra, allowed=args.verb in ("train", "demo", "bench"))
+            args.overrides = _overrides(extra, allowed=args.verb in _TAKE_OVERRIDES)
+            if args.verb == "submit":
+                args.inner, extra = _parser().parse_known_args(args.command)
+                args.inner.overrides = _overrides(extra, allowed=args.inner.verb in _TAKE_OVERRIDES)
             return args.run(args)
         finally:
             if "ray" in sys.modules:
@@ -173,6 +182,12 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("out_dir", metavar="OUT_DIR", type=Path)
     verb.add_argument("--weights", choices=["raw", "ema", "swa"], help="(default: the last of these that it keeps)")
     verb.add_argument("--format", choices=["timm"], default="timm")
+
+    verb = _verb(commands, "submit", verbs.submit, "run a verb as a job in a Ray cluster, and follow its log")
+    verb.add_argument("--address", metavar="URL", required=True, help="of the cluster's dashboard: http://HOST:8265")
+    verb.add_argument("--no-wait", action="store_true", help="print the job's id and leave")
+    verb.add_argument("command", metavar="-- VERB ...", nargs="+", help="as on the command line, behind a --")
+    verb.epilog = "The token is read from RAY_AUTH_TOKEN or ~/.ray/auth_token. The cluster's image holds this package."
     return parser
 
 

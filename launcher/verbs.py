@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import Progress
 
+from arat_dist.errors import UserError
 from arat_dist.recipe import load_recipe
 
 if TYPE_CHECKING:
@@ -108,7 +110,7 @@ def train(args: argparse.Namespace) -> dict[str, Any] | None:
     from launcher.fit import fit
     from launcher.progress import console, results_table
 
-    name = Path(args.recipe).stem if args.name is None else args.name
+    name = _run_name(args)
     run = Run(recipe.cluster.storage, name)
     run.check(recipe)
     if finished := run.summary():
@@ -209,6 +211,31 @@ def bench_train(args: argparse.Namespace) -> dict[str, Any]:
         f"of the time went to what is not the step, {result['loader_wait_fraction']:.2%} to waiting for pictures",
     )
     return result
+
+
+def submit(args: argparse.Namespace) -> dict[str, Any]:
+    """`arat submit`."""
+    from launcher.submit import JobCommand, Jobs, train_command
+
+    inner, command = args.inner, JobCommand(args.command)
+    if inner.verb == "submit":
+        raise UserError("--: submit: a verb that works, such as train, would be right")
+    if inner.verb == "train":
+        recipe = load_recipe(inner.recipe, inner.overrides + _shorthands(inner))
+        command = train_command(recipe, _run_name(inner))
+    args.json = args.json or inner.json
+    if args.json:
+        command = replace(command, arguments=[*(each for each in command.arguments if each != "--json"), "--json"])
+    jobs = Jobs(args.address)
+    job = jobs.start(command)
+    if args.no_wait:
+        _print_unless_json(args, job)
+        return {"job": job}
+    return jobs.follow(job)
+
+
+def _run_name(args: argparse.Namespace) -> str:
+    return Path(args.recipe).stem if args.name is None else args.name
 
 
 def _shorthands(args: argparse.Namespace) -> list[tuple[str, Any]]:

@@ -1,9 +1,11 @@
 """Checkpoints: what goes in comes out, what is damaged is passed over, and no crash loses the older good one."""
 
+import errno
 import hashlib
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,23 +14,28 @@ from arat_dist.checkpoint import (
     MANIFEST,
     Checkpoint,
     DamagedError,
+    best_checkpoint,
     checkpoint_names,
     load_checkpoint,
     load_newest,
     save_checkpoint,
 )
+from arat_dist.errors import SupersededError
 from arat_dist.storage import Storage
 
-FILES = ["ema.safetensors", MANIFEST, "model.safetensors", "optimizer.pt"]
+FILES = ["about.json", "ema.safetensors", MANIFEST, "model.safetensors", "optimizer.pt", "progress.safetensors"]
 
 
-def make(step: int) -> Checkpoint:
+def make(step: int, **about: Any) -> Checkpoint:
     generator = torch.Generator().manual_seed(step)
     strided = torch.randn(2, 3, 4, 4, generator=generator).contiguous(memory_format=torch.channels_last)
     model = {"conv": strided, "count": torch.tensor([step, 7]), "weight": torch.tensor(0.25, dtype=torch.float64)}
     momentum = torch.randn(2, 3, 4, 4, generator=generator)
     optimizer = {"state": {0: {"momentum_buffer": momentum}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
-    return Checkpoint(step, {"model": model, "ema": {"conv": strided * 2}}, optimizer)
+    progress = {"line.sums": torch.arange(6.0).view(2, 3) + step}
+    return Checkpoint(
+        step, {"model": model, "ema": {"conv": strided * 2}}, optimizer, progress, {"skipped": 3, **about}
+    )
 
 
 def assert_is(checkpoint: Checkpoint | None, step: int) -> None:
@@ -44,6 +51,8 @@ def assert_is(checkpoint: Checkpoint | None, step: int) -> None:
     momentum = checkpoint.optimizer["state"][0]["momentum_buffer"]
     assert torch.equal(momentum, expected.optimizer["state"][0]["momentum_buffer"])
     assert checkpoint.optimizer["param_groups"] == expected.optimizer["param_groups"]
+    assert torch.equal(checkpoint.progress["line.sums"], expected.progress["line.sums"])
+    assert checkpoint.about["skipped"] == 3
 
 
 @pytest.fixture
@@ -134,6 +143,60 @@ def test_no_flipped_bit_of_the_manifest_gives_another_state(folder, caplog):
             (Path(target.uri) / MANIFEST).write_bytes(flipped)
             found = load_newest(folder, with_optimizer=False)
             assert found is None or (found.step == 12 and set(found.weights) == {"model", "ema"}), bytes(flipped)
+            assert found is None or found.about == {"skipped": 3}
+
+
+def test_the_best_one_is_kept_besides_the_newest(folder):
+    accuracies = {10: 0.3, 20: 0.5, 30: 0.5, 40: None, 50: 0.4, 60: None}
+    for step, accuracy in accuracies.items():
+        save_checkpoint(folder, make(step, **({} if accuracy is None else {"robust_accuracy": accuracy})), keep=1)
+    # The newer of equals.
+    assert checkpoint_names(folder) == ["step_00000030", "step_00000060"]
+    assert best_checkpoint(folder) == "step_00000030"
+    save_checkpoint(folder, make(70, robust_accuracy=0.6), keep=1)
+    assert checkpoint_names(folder) == ["step_00000070"]
+    assert best_checkpoint(folder) == "step_00000070"
+
+
+def test_a_full_disk_leaves_the_one_before_and_nothing_of_the_new_one(folder, monkeypatch):
+    """At any file: as the system says it, in the midst of a write."""
+    write = Storage.write
+    for fail_at in range(len(FILES)):
+        save_checkpoint(folder, make(10), keep=1)
+        calls = 0
+
+        def failing(self, name, content, fail_at=fail_at):
+            nonlocal calls
+            calls += 1
+            if calls > fail_at:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            write(self, name, content)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Storage, "write", failing)
+            with pytest.raises(OSError, match="No space left"):
+                save_checkpoint(folder, make(20), keep=1)
+        assert checkpoint_names(folder) == ["step_00000010"]
+        assert_is(load_newest(folder), 10)
+
+
+def test_what_the_check_raises_ends_a_save_before_it_is_one(folder):
+    """A process that was cut off finds that others have gone on: it neither finishes nor deletes."""
+    save_checkpoint(folder, make(10), keep=1)
+    for end_at in range(len(FILES) + 1):
+        calls = 0
+
+        def check(end_at=end_at):
+            nonlocal calls
+            calls += 1
+            if calls > end_at:
+                raise SupersededError("others are at work")
+
+        with pytest.raises(SupersededError):
+            save_checkpoint(folder, make(20), keep=1, check=check)
+        assert_is(load_newest(folder), 10)
+    save_checkpoint(folder, make(20), keep=1)
+    assert_is(load_newest(folder), 20)
 
 
 def test_a_crash_at_any_write_of_a_save_loses_nothing(folder, monkeypatch):

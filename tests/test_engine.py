@@ -11,7 +11,7 @@ from toys import Sets, toy_batch, toy_classifier, toy_recipe, toy_setting
 from arat_dist.averaging import MeasuredNorms
 from arat_dist.config import ARATConfig, EngineConfig, OptimConfig
 from arat_dist.data.order import SampleOrder
-from arat_dist.engine import DDPEngine, Rank, average_statistics, build_engine
+from arat_dist.engine import DDPEngine, Rank, averaged_statistics, build_engine
 from arat_dist.errors import UserError
 from arat_dist.objectives import ARAT, AT, Objective, build_objective
 from arat_dist.objectives.base import Output, Setting
@@ -98,8 +98,9 @@ def run_statistics(rank: Rank) -> dict[str, Any]:
         engine.backward(engine(images[half], labels[half], keys[half]).loss)
         engine.step()
     own = {name: value.clone() for name, value in engine.objective.named_buffers()}
-    average_statistics(engine.objective, rank)
-    return {"own": own, "averaged": dict(engine.objective.named_buffers())}
+    with averaged_statistics(engine.objective, rank):
+        averaged = {name: value.clone() for name, value in engine.objective.named_buffers()}
+    return {"own": own, "averaged": averaged, "after": dict(engine.objective.named_buffers())}
 
 
 def run_diagnostics(rank: Rank, norm: str) -> dict[str, torch.Tensor]:
@@ -221,6 +222,7 @@ def test_statistics_are_each_ranks_own_until_they_are_averaged(two):
         mean = (first["own"][name] + second["own"][name]) / 2
         for part in (first, second):
             assert_close(part["averaged"][name], mean, name)
+            assert torch.equal(part["after"][name], part["own"][name]), name
     for name in set(first["own"]) - set(names):
         assert torch.equal(first["averaged"][name], first["own"][name]), name
 
@@ -285,7 +287,8 @@ def test_one_rank_needs_no_process_group():
     assert torch.equal(rank.all_reduce(torch.ones(2)), torch.ones(2))
     classifier = toy_classifier()
     before = {name: value.clone() for name, value in classifier.named_buffers()}
-    average_statistics(classifier, rank)
+    with averaged_statistics(classifier, rank):
+        pass
     assert all(torch.equal(before[name], value) for name, value in classifier.named_buffers())
 
 

@@ -1,7 +1,9 @@
 """The loop on tiny data in one process: a run that was cut off and went on equals one that wasn't, to the bit."""
 
+import json
 import logging
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,16 +22,18 @@ from arat_dist.data.beton import BetonLoader
 from arat_dist.data.manifest import load_manifest
 from arat_dist.engine import DDPEngine, Rank, build_engine
 from arat_dist.evaluate import eval_config, evaluate
-from arat_dist.metrics import MetricsLog
+from arat_dist.guard import DivergedError
+from arat_dist.metrics import TIMED, MetricsLog
 from arat_dist.objectives import build_objective
 from arat_dist.objectives.at import AT
 from arat_dist.objectives.base import Objective, Output
 from arat_dist.optim import lr_at
 from arat_dist.run import Run
-from arat_dist.train import check_agreement, num_steps, sample_order, save, train
+from arat_dist.saving import capture
+from arat_dist.train import check_agreement, num_steps, sample_order, train
 
 RANK = Rank(0, 1, torch.device("cpu"))
-VARIABLE = ("time_s", "images_per_second", "memory_mb", "loader_wait_fraction", "compute_fraction")
+VARIABLE = ("time_s", "images_per_second", "memory_mb", *(f"{part}_fraction" for part in TIMED))
 NUM_STEPS = 17  # 3 epochs of 44 pictures in batches of 8: 16 whole ones and one of 4
 
 
@@ -202,7 +206,7 @@ def test_ranks_that_disagree_say_so(sets: Sets):
 
 
 def test_a_later_rank_with_nothing_left_to_do_has_a_summary(tmp_path):
-    log = MetricsLog(Run(str(tmp_path), "none"), Rank(1, 2, torch.device("cpu")), 8)
+    log = MetricsLog(Run(str(tmp_path), "none"), Rank(1, 2, torch.device("cpu")))
     assert log.summary() == {"train_images_per_second": None, "losses": {}}
 
 
@@ -347,8 +351,8 @@ def test_summary_and_files_of_a_run(sets: Sets, tmp_path):
     assert summary["losses"] == {"loss": last["loss"]} | {
         part: last[f"loss_{part}"] for part in ("adv", "clean", "invariance")
     }
-    # A line each 5 steps, and one before each checkpoint: at the ends of the epochs of 5.5 steps, and at the end.
-    assert [line["step"] for line in run.metrics()] == [5, 6, 10, 11, 15, 17]
+    # A line each 5 steps and one at the end, whenever there are checkpoints: at the ends of the epochs of 5.5 steps.
+    assert [line["step"] for line in run.metrics()] == [5, 10, 15, 17]
     assert checkpoint_names(run.checkpoints) == ["step_00000011", "step_00000017"]
     assert set(last) == {
         *("step", "epoch", "time_s", "loss", "loss_adv", "loss_clean", "loss_invariance", "clean_accuracy"),
@@ -359,7 +363,7 @@ def test_summary_and_files_of_a_run(sets: Sets, tmp_path):
     # The balance changes once an epoch.
     weights = [load_checkpoint(run.checkpoints / n).weights["model"]["adv_weight"] for n in ("step_00000011",)]
     assert run.metrics()[0]["adv_weight"] == 0.5
-    assert run.metrics()[4]["adv_weight"] == pytest.approx(float(weights[0]))
+    assert run.metrics()[3]["adv_weight"] == pytest.approx(float(weights[0]))
 
 
 def test_a_line_is_the_mean_over_the_samples_since_the_last_one(sets: Sets, tmp_path):
@@ -376,7 +380,7 @@ def test_a_line_is_the_mean_over_the_samples_since_the_last_one(sets: Sets, tmp_
         assert line["gradient_norm"] == fine.metrics()[steps[-1]]["gradient_norm"]
 
 
-def test_a_checkpoint_holds_what_all_ranks_counted(sets: Sets, tmp_path):
+def test_a_checkpoint_holds_what_all_ranks_counted(sets: Sets):
     class OneOfThreeAlike(Rank):
         def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
             return tensor.mul_(3)
@@ -385,26 +389,102 @@ def test_a_checkpoint_holds_what_all_ranks_counted(sets: Sets, tmp_path):
     rank = OneOfThreeAlike(0, 1, torch.device("cpu"))
     engine = build_engine(build_objective(recipe), recipe.engine, recipe.optim, rank)
     engine(*toy_batch(8, side=16))
-    run = Run(str(tmp_path), "run")
-    save(run, engine, {}, rank, 1, keep=1)
-    weights = newest(run).weights["model"]
+    checkpoint = capture(1, engine, {}, rank, {}, {})
+    assert checkpoint is not None
+    weights = checkpoint.weights["model"]
     assert weights["counts"][1] == 3 * 8
     assert weights["local_counts"].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("clip", [None, 1e30])
-def test_a_loss_that_is_no_number_stops_the_run_and_reaches_no_checkpoint(sets: Sets, tmp_path, clip):
+def test_a_gradient_that_stays_no_number_ends_the_run_and_reaches_no_checkpoint(sets: Sets, tmp_path, caplog, clip):
+    """It goes back to its newest checkpoint once; the weights there are numbers."""
     recipe = toy_recipe(
         sets,
         objective={"name": "standard"},
         optim={"lr": 1e25, "momentum": 0, "clip_grad_norm": clip},
-        train={"checkpoint_every": 1, "log_every": 1000},
+        train={"checkpoint_every": 1, "log_every": 3, "max_skipped_steps": 4},
     )
-    with pytest.raises(FloatingPointError, match=r"^step \d+: (loss|gradient_norm) is (nan|inf); a lower optim.lr"):
+    with pytest.raises(DivergedError, match=r"^step \d+: the gradient has been no number in 4 steps in a row; a lower"):
         start(recipe, tmp_path)
     run = Run(str(tmp_path), "run")
-    assert not math.isfinite(run.metrics()[-1]["loss"]) or not math.isfinite(run.metrics()[-1]["gradient_norm"])
-    assert newest(run).step < run.metrics()[-1]["step"]
+    assert run.num_attempts() == 2
+    assert "going back to the newest checkpoint" in caplog.text
+    checkpoint = load_newest(run.checkpoints)
+    assert checkpoint is None or all(value.isfinite().all() for value in checkpoint.weights["model"].values())
+    assert all(math.isfinite(value) for line in run.metrics() for value in line.values())
+
+
+def spoil(steps: set[int], monkeypatch: pytest.MonkeyPatch, *, once: bool = False) -> None:
+    """Make the loss infinite in these steps, counted from 0, and poison what the net keeps of its pictures."""
+    begin_step, forward = Objective.begin_step, Objective.forward
+    step, done = -1, set[int]()
+
+    def counting(self: Objective, epoch: float) -> None:
+        nonlocal step
+        step = -1 if math.isinf(epoch) else round(epoch * 44 / 8)
+        begin_step(self, epoch)
+
+    def spoiled(self: Objective, images: Tensor, labels: Tensor, keys: Tensor) -> Output:
+        out = forward(self, images, labels, keys)
+        if step not in steps or (once and step in done):
+            return out
+        done.add(step)
+        for name, buffer in self.named_buffers():
+            if name.endswith("running_var"):
+                buffer.data.fill_(math.nan)  # behind autograd's back, as a pass through the net does it
+        return replace(out, loss=out.loss * math.inf)
+
+    monkeypatch.setattr(Objective, "begin_step", counting)
+    monkeypatch.setattr(Objective, "forward", spoiled)
+
+
+def test_a_step_that_is_no_number_is_as_if_it_had_not_been(sets: Sets, tmp_path, monkeypatch, caplog):
+    """Weights, momentum and running statistics are those before it; its samples are named; the line leaves it out."""
+    keys = {"checkpoint_every": 1, "log_every": 4, "epochs": 2}
+    recipe = toy_recipe(sets, objective={"name": "at"}, train=keys)
+    with monkeypatch.context() as patch:
+        spoil({2, 5, 6, 10}, patch)
+        run, summary = start(recipe, tmp_path)
+    # The last step is one of them; no other checkpoint is taken behind a step that was skipped.
+    assert checkpoint_names(run.checkpoints) == [f"step_{step:08d}" for step in (1, 2, 4, 5, 8, 9, 10, 11)]
+    a, b = (load_checkpoint(run.checkpoints / f"step_{step:08d}") for step in (10, 11))
+    for name, value in a.weights["model"].items():
+        assert torch.equal(value, b.weights["model"][name]), name
+    for key, state in a.optimizer["state"].items():
+        assert torch.equal(state["momentum_buffer"], b.optimizer["state"][key]["momentum_buffer"])
+    a, b = (load_checkpoint(run.checkpoints / f"step_{step:08d}") for step in (9, 10))
+    assert not all(torch.equal(value, b.weights["model"][name]) for name, value in a.weights["model"].items())
+    order = sample_order(recipe)
+    skipped = [json.loads(line) for line in run.folder.read("skipped.jsonl").splitlines()]
+    assert [(line["step"], line["samples"]) for line in skipped] == [
+        (step + 1, (order.batch(step) % 44).tolist()) for step in (2, 5, 6, 10)
+    ]
+    assert "step 3: the gradient is no number, the step was skipped; its samples: " in caplog.text
+    assert [line.get("skipped_steps") for line in run.metrics()] == [1, 3, 4]
+    assert all(math.isfinite(value) for line in run.metrics() for value in line.values())
+    assert summary["steps"] == 11
+    # The line's means are over the other steps.
+    fine, _ = start(
+        recipe.model_copy(update={"train": recipe.train.model_copy(update={"log_every": 1})}), tmp_path, "f"
+    )
+    mean = sum(line["loss"] for line in fine.metrics()[:2])
+    assert run.metrics()[0]["loss"] != pytest.approx(sum(line["loss"] for line in fine.metrics()[:4]) / 4)
+    assert run.metrics()[0]["loss"] * 3 - mean > 0
+
+
+def test_a_fault_that_passes_costs_a_way_back_and_no_more(sets: Sets, tmp_path, monkeypatch, caplog):
+    """After too many such steps the run goes on from its newest checkpoint, and ends as if nothing had been."""
+    keys = {"checkpoint_every": 4, "log_every": 1, "max_skipped_steps": 3}
+    recipe = toy_recipe(sets, objective={"name": "at"}, train=keys)
+    whole, _ = start(recipe, tmp_path, "whole")
+    with monkeypatch.context() as patch:
+        spoil({5, 6, 7}, patch, once=True)
+        run, _ = start(recipe, tmp_path, "faulty")
+    assert "step 8: the gradient has been no number in 3 steps in a row" in caplog.text
+    assert [json.loads(line)["step"] for line in run.folder.read("attempts.jsonl").splitlines()] == [0, 4]
+    assert_equal(newest(run), newest(whole))
+    assert comparable(run.metrics()) == comparable(whole.metrics())
 
 
 def test_training_learns(sets: Sets, tmp_path):

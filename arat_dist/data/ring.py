@@ -12,6 +12,7 @@ import torch
 
 from arat_dist.data.loader import Batch
 from arat_dist.data.order import Keys
+from arat_dist.queued import queued_event
 
 NUM_SLOTS = 4
 """Buffers of the ring: one with the consumer, one being filled, two ready."""
@@ -72,7 +73,7 @@ class Producer(Thread):
                     raise item
                 index, batch = item
                 yield batch
-                self._free.put(_Slot(index, _queued_copies()))
+                self._free.put(_Slot(index, queued_event()))
             raise RuntimeError("the loader was closed while its batches were being read")
         finally:
             self.stop()
@@ -83,12 +84,3 @@ class Producer(Thread):
         self._free.put(_Slot(0))
         if self.is_alive():
             self.join()
-
-
-def _queued_copies() -> torch.cuda.Event | None:
-    """An event behind everything queued on the current stream, where this process uses a GPU."""
-    if not torch.cuda.is_initialized():
-        return None
-    event = torch.cuda.Event()
-    event.record()
-    return event

@@ -1,0 +1,63 @@
+"""What the ranks agree on between two steps: that a checkpoint is due by the clock, that the run is to stop."""
+
+from __future__ import annotations
+
+import time
+from enum import IntEnum
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from arat_dist.engine import Rank
+
+
+class Wish(IntEnum):
+    """What a rank would like to happen after a step; the largest of all ranks' is done."""
+
+    NOTHING = 0
+    SAVE = 1
+    STOP = 2
+
+
+class Agreement:
+    """One wish a step, the same on all ranks: no rank may save or stop alone.
+
+    The ranks' wishes travel while the next step is computed, so what comes back is a step old and nobody waits for it.
+
+    Args:
+        rank: this process.
+        save_minutes: time between two checkpoints by the first rank's clock; None: none are due by the clock.
+    """
+
+    def __init__(self, rank: Rank, save_minutes: float | None):
+        self._rank = rank
+        self._save_s = None if save_minutes is None else 60 * save_minutes
+        self._last_save_s = time.monotonic()
+        self._value = torch.zeros(1, dtype=torch.int32)
+        self._work: dist.Work | None = None
+        # Host memory, whatever the ranks train on: a stream of a GPU would have to be waited for.
+        needs_group = rank.world_size > 1 and rank.device.type != "cpu"
+        self._group: Any = dist.new_group(backend="gloo") if needs_group else None
+
+    def exchange(self) -> Wish:
+        """Called by every rank at every step; what all agreed on."""
+        own = self._wish()
+        if self._rank.world_size == 1:
+            return own
+        if self._work is not None:
+            self._work.wait()
+        agreed = Wish(int(self._value))
+        self._value.fill_(own)
+        self._work = dist.all_reduce(self._value, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return agreed
+
+    def saved(self) -> None:
+        """A checkpoint was taken, for whatever reason."""
+        self._last_save_s = time.monotonic()
+
+    def _wish(self) -> Wish:
+        if self._rank.stop_wanted():
+            return Wish.STOP
+        is_late = self._save_s is not None and time.monotonic() - self._last_save_s > self._save_s
+        return Wish.SAVE if is_late and self._rank.is_first else Wish.NOTHING
