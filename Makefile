@@ -1,10 +1,10 @@
 # Every target prepares .venv first; when it is ready that takes a moment and needs no network.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types check lock
+.PHONY: help setup demo test test-slow lint types check lock
 BIN := .venv/bin
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 8
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 setup: ## install what is missing: system packages, .venv, pinned Python packages
 	@PYTHON='$(PYTHON)' sh .ci/setup.sh
@@ -14,6 +14,9 @@ demo: setup ## train, evaluate and export a small robust net on the CPU
 
 test: setup ## run all tests
 	$(BIN)/python -m pytest
+
+test-slow: setup ## failures of machines and networks done for real, one line each at the end; root, minutes
+	$(BIN)/python -m pytest -m slow tests/slow
 
 lint: setup ## ruff: rules and layout
 	$(BIN)/ruff check .

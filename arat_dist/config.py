@@ -54,6 +54,13 @@ def _attack_name(value: str) -> str:
     return value
 
 
+def _ascending(value: tuple[int, int]) -> tuple[int, int]:
+    """Refuse a least number that is above the largest."""
+    if value[0] > value[1]:
+        raise ValueError("the least number first would be right")
+    return value
+
+
 Number = Annotated[FiniteFloat, BeforeValidator(_fraction), BeforeValidator(_not_a_switch)]
 Integer = Annotated[int, BeforeValidator(_not_a_switch)]
 Positive = Annotated[Number, Field(gt=0)]
@@ -397,8 +404,14 @@ class TrackConfig(Section):
 class ClusterConfig(Section):
     """The Ray worker group."""
 
-    workers: Annotated[Integer, Field(ge=0)] = 1
-    """Number of workers; 0 runs in this process, without Ray."""
+    workers: Annotated[Integer, Field(ge=0)] | Annotated[tuple[Count, Count], AfterValidator(_ascending)] = 1
+    """Number of workers, or the least and the most, as in [2, 4] (on the command line --workers 2:4): then as many as
+    the cluster has room for, more and fewer in the course of the run; 0 runs in this process, without Ray."""
+    placement: Literal["pack", "spread", "strict_spread"] = "pack"
+    """Workers on few machines, on many, or each on a machine of its own."""
+    resize_every_s: Positive = 60
+    """Where workers is a pair: time between two looks whether there is room for more of them, in seconds. Then they
+    write a checkpoint and are started anew, which takes as long as any start."""
     cpus_per_worker: Count = 1
     """Cores reserved for a worker and threads that torch uses in it."""
     gpus_per_worker: Annotated[Integer, Field(ge=0, le=1)] = 0
@@ -408,13 +421,24 @@ class ClusterConfig(Section):
     max_failures: Annotated[Integer, Field(ge=0)] = 3
     """Times that the worker group is restarted from the newest checkpoint before the run fails."""
     start_timeout_s: Positive = 1800
-    """Longest time from the start of the workers to the end of their first step (copying of data and compilation
-    included), in seconds; then they are restarted."""
+    """Longest time to wait for machines that have room for the workers, in seconds, before the run fails; and longest
+    time from the start of the workers to the end of their first step (copying of data and compilation included), before
+    they are restarted."""
     step_timeout_s: Positive = 600
     """Longest time that a worker may take over a later step, in seconds; then the stacks of all go into the run's
     folder and they are restarted."""
     storage: str = "runs"
     """Folder or fsspec URI (s3://, gs://, file://) that holds the runs; every worker must reach it."""
+
+    @property
+    def min_workers(self) -> int:
+        """The least number of workers."""
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        """The largest number of workers."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 class Recipe(Section):
@@ -433,8 +457,8 @@ class Recipe(Section):
 
     @property
     def world_size(self) -> int:
-        """Number of ranks that train: the workers, or this process alone."""
-        return max(1, self.cluster.workers)
+        """Largest number of ranks that train: the workers, or this process alone."""
+        return max(1, self.cluster.max_workers)
 
     def without_start(self) -> Recipe:
         """The recipe without the weights that the net starts from: they come from elsewhere."""

@@ -23,6 +23,10 @@ class WorkersError(RuntimeError):
         self.tracebacks = tracebacks
 
 
+class ClusterError(RuntimeError):
+    """The cluster has not what the work needs: one line that names the key, its value and what would be right."""
+
+
 class StoppedError(Exception):
     """The training was asked to stop (`Rank.stop_wanted`), wrote a checkpoint and ended; the same on every rank.
 

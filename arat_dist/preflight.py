@@ -69,7 +69,7 @@ def check_averages(recipe: Recipe) -> None:
 
 def check_gpus(cluster: ClusterConfig) -> None:
     """Refuse more GPUs than this machine has, for which Ray would wait; those of another cluster pass (UserError)."""
-    wanted = cluster.gpus_per_worker * max(1, cluster.workers)
+    wanted = cluster.gpus_per_worker * max(1, cluster.max_workers)
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if cluster.address is not None or wanted <= found:
         return

@@ -17,7 +17,7 @@ from typing import Any
 from rich.logging import RichHandler
 
 from arat_dist.config import EvalConfig
-from arat_dist.errors import TrackingError, UserError, WorkersError
+from arat_dist.errors import ClusterError, StoppedError, TrackingError, UserError, WorkersError
 from arat_dist.recipe import iter_keys
 from launcher import verbs
 from launcher.submit import JobError
@@ -41,6 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         goes_on = "goes on where it stopped" if args.verb in ("train", "demo") else "starts anew"
         print(f"arat: interrupted; the same command {goes_on}", file=sys.stderr)
+        return FAILED
+    except StoppedError as error:
+        print(f"arat: stopped at step {error.step}; the same command goes on", file=sys.stderr)
+        return FAILED
+    except ClusterError as error:
+        print(f"arat: {error}", file=sys.stderr)
         return FAILED
     except FloatingPointError as error:
         print(f"arat: the training broke down: {error}", file=sys.stderr)
@@ -119,7 +125,12 @@ def _parser() -> argparse.ArgumentParser:
     verb = _verb(commands, "train", verbs.train, "train a recipe, or go on with an unfinished run")
     verb.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
     verb.add_argument("--name", help="the run's folder under cluster.storage (default: the recipe's name)")
-    verb.add_argument("--workers", type=int, help="cluster.workers; 0: in this process, without Ray")
+    verb.add_argument(
+        "--workers",
+        type=_workers,
+        metavar="N|MIN:MAX",
+        help="cluster.workers; MIN:MAX: as many as there is room for; 0: in this process, without Ray",
+    )
     verb.add_argument("--address", help="cluster.address")
     verb.add_argument("--max-steps", type=int, help="train.max_steps")
     verb.add_argument("--print-config", action="store_true", help="print the resolved recipe and stop")
@@ -219,6 +230,14 @@ def _in_range(text: str, least: int, most: float = math.inf) -> int:
     if not least <= value <= most:
         raise argparse.ArgumentTypeError(f"{text}: at least {least}" + (f", at most {most}" if most < math.inf else ""))
     return value
+
+
+def _workers(text: str) -> int | list[int]:
+    """N, or MIN:MAX as a list."""
+    sizes = [int(size) for size in text.split(":")]
+    if len(sizes) > 2:
+        raise argparse.ArgumentTypeError(f"{text}: N or MIN:MAX")
+    return sizes if len(sizes) == 2 else sizes[0]
 
 
 _positive = partial(_in_range, least=1)

@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import secrets
+import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from arat_dist.config import ClusterConfig, DataConfig
+from arat_dist.config import ClusterConfig
 from arat_dist.data import staging
 from arat_dist.engine import Rank
-from arat_dist.errors import WorkersError
+from arat_dist.errors import ClusterError, StoppedError, UserError, WorkersError
 from arat_dist.storage import Storage
+
+if TYPE_CHECKING:
+    from ray.train import WorkerGroupError
+
+    from launcher.controller import Stop, Trainer
 
 # Read by Ray when it is imported or starts: nothing phones home, and nobody joins without the token.
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("RAY_AUTH_MODE", "token")
-# Nothing here reacts to a notice of preemption yet, and Ray 2.60's watcher begins each run with an error line.
+# Ray 2.60's watcher of leaving machines would keep the workers running until they are cut off: see controller.py.
 os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+# Seconds between two looks at the workers: a failure is seen, and a stop passed on, after about as long.
+os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
 # What workers say is little, and Ray would explain its folding of equal lines at length.
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
 
@@ -33,55 +43,135 @@ T = TypeVar("T")
 
 # Nothing but a recipe goes through Ray's object store; its default is 30 % of the machine's memory.
 _OBJECT_STORE_BYTES = 128 * 2**20
-_TIMEOUT_S = 1800
-"""How long a collective waits for all ranks: Ray's own value."""
-_COPYING_S = 6 * 3600
-"""The same where data is copied to each machine's disk: who is done waits for who still copies."""
+
+_POLL_S = 0.5
+"""Seconds between two looks of the driver at its wish to stop."""
+
+_stop_wanted = threading.Event()
+"""In a worker's process: whether the work in it is to stop."""
 
 
-def run_workers(work: Callable[[Rank], T], cluster: ClusterConfig, name: str, data: DataConfig | None = None) -> T:
+def run_workers(
+    work: Callable[[Rank], T],
+    cluster: ClusterConfig,
+    name: str,
+    stop: threading.Event | None = None,
+) -> T:
     """Call `work` on every rank of a worker group and return the first rank's answer.
+
+    A worker that dies or fails costs a restart of all (cluster.max_failures). A group that is to leave a machine, or
+    gets another size, is asked to stop (`Rank.stop_wanted`) and starts anew once all of `work` has raised StoppedError.
 
     Args:
         work: picklable; called with the rank once its process group is up.
         cluster: workers 0 calls it in this process.
         name: the group's name in Ray.
-        data: what the workers load, if they do.
+        stop: asks the work to stop once it is set.
+
+    Raises:
+        UserError, FloatingPointError, StoppedError: as `work` raised it; the workers were not started anew.
+        WorkersError: a worker failed once too often.
+        ClusterError: the cluster has no room for the workers.
     """
+    stop = threading.Event() if stop is None else stop
     if cluster.workers == 0:
         torch.set_num_threads(cluster.cpus_per_worker)
-        return work(Rank(0, 1, torch.device("cuda" if cluster.gpus_per_worker else "cpu")))
+        device = torch.device("cuda" if cluster.gpus_per_worker else "cpu")
+        return work(Rank(0, 1, device, stop_wanted=stop.is_set))
     connect(cluster)
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, WorkerGroupError
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train import ControllerError, WorkerGroupError
 
-    resources = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
-    trainer = TorchTrainer(
+    from launcher.controller import Stop, StoppedWaitingError
+
+    # Runs resume from their own checkpoints, so each launch is a new one to Ray.
+    name = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    asked = Stop(name)
+    try:
+        answer = _in_thread(_trainer(work, cluster, name, asked).fit, stop, asked).return_value
+    except WorkerGroupError as error:
+        raise _first_failure(error) from None
+    except ControllerError as error:
+        if isinstance(error.controller_failure, StoppedWaitingError):
+            raise KeyboardInterrupt from None
+        if isinstance(error.controller_failure, ClusterError):
+            raise error.controller_failure from None
+        raise
+    finally:
+        asked.forget()
+    if isinstance(answer, FloatingPointError | StoppedError):
+        raise answer
+    return answer  # pyright: ignore[reportReturnType]
+
+
+def _trainer(work: Callable[[Rank], T], cluster: ClusterConfig, name: str, stop: Stop) -> Trainer:
+    """Ray's trainer of one launch."""
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig
+
+    from launcher.controller import Trainer
+
+    # Ray gives up and asks again after so long; how often is the scaling policy's business.
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(min(60, cluster.start_timeout_s))
+    return Trainer(
         partial(_on_worker, work, cluster.cpus_per_worker),
+        cluster=cluster,
+        stop=stop,
+        ask_to_stop=_ask_to_stop,
         scaling_config=ScalingConfig(
-            num_workers=cluster.workers, use_gpu=bool(cluster.gpus_per_worker), resources_per_worker=resources
+            num_workers=cluster.workers,
+            use_gpu=bool(cluster.gpus_per_worker),
+            resources_per_worker={"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker},
+            placement_strategy=cluster.placement.upper(),
+            elastic_resize_monitor_interval_s=cluster.resize_every_s,
         ),
-        torch_config=TorchConfig(timeout_s=_TIMEOUT_S if data is None or data.stage_to is None else _COPYING_S),
-        # Runs resume from their own checkpoints, so each launch is a new one to Ray.
+        # Who is done with the first step or a later one waits for who isn't.
+        torch_config=TorchConfig(timeout_s=math.ceil(max(cluster.start_timeout_s, cluster.step_timeout_s))),
         run_config=RunConfig(
-            name=f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}",
+            name=name,
             storage_path=(Storage(cluster.storage) / ".ray").uri,
             failure_config=FailureConfig(max_failures=cluster.max_failures),
             logging_config=LoggingConfig(log_level="CRITICAL"),  # workers say themselves what is news
         ),
     )
+
+
+def _first_failure(error: WorkerGroupError) -> Exception:
+    """What to raise for failed workers: what the user has to put right before what follows from it."""
+    failures = sorted(
+        error.worker_failures.items(), key=lambda failure: (not isinstance(failure[1], UserError), failure)
+    )
+    rank, first = failures[0]
+    return first if isinstance(first, UserError) else WorkersError(rank, first, str(error))
+
+
+@contextmanager
+def stop_on_sigterm() -> Iterator[threading.Event]:
+    """An event that the first SIGTERM sets, inside the context; the second ends the program as Ctrl-C does.
+
+    Signals reach the main thread alone: in another one the event is never set.
+    """
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+
+    def handle(_: int, __: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = signal.signal(signal.SIGTERM, handle)
     try:
-        answer = _in_thread(trainer.fit).return_value
-    except WorkerGroupError as error:
-        rank, first = min(error.worker_failures.items())
-        raise WorkersError(rank, first, str(error)) from None
-    if isinstance(answer, FloatingPointError):
-        raise answer
-    return answer  # pyright: ignore[reportReturnType]
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def _in_thread(work: Callable[[], T]) -> T:
-    """Call it in a thread of its own: in the main one Ray takes over Ctrl-C, and makes of it an exit with status 0."""
+def _in_thread(work: Callable[[], T], stop: threading.Event, asked: Stop) -> T:
+    """Call it in a thread of its own: in the main one Ray takes over Ctrl-C, and makes of it an exit with status 0.
+
+    Meanwhile the controller is told when the event is set.
+    """
     future: Future[T] = Future()
 
     def call() -> None:
@@ -91,6 +181,9 @@ def _in_thread(work: Callable[[], T]) -> T:
             future.set_exception(error)
 
     threading.Thread(target=call, daemon=True, name="ray train").start()
+    while not wait([future], _POLL_S).done:
+        if stop.is_set() and not asked.is_asked():
+            asked.ask()
     return future.result()
 
 
@@ -104,17 +197,20 @@ def connect(cluster: ClusterConfig) -> None:
 
     if ray.is_initialized():
         return
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     if cluster.address is not None:
         ray.init(cluster.address, logging_level=logging.WARNING)
     else:
         ray.init(
             "local",  # or Ray would join a cluster that RAY_ADDRESS or `ray start` made known
-            num_cpus=max(os.cpu_count() or 1, cluster.workers * cluster.cpus_per_worker),
+            num_cpus=max(os.cpu_count() or 1, cluster.max_workers * cluster.cpus_per_worker),
             # Without the dashboard, Ray Train can't see its own controller and leaks placement groups.
             include_dashboard=True,
             object_store_memory=_OBJECT_STORE_BYTES,
             logging_level=logging.WARNING,
         )
+    if callable(on_sigterm) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own in the place
     _name_the_cluster()
 
 
@@ -134,7 +230,12 @@ def _name_the_cluster() -> None:
     ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
 
 
-def _on_worker(work: Callable[[Rank], T], num_threads: int) -> T | FloatingPointError:
+def _ask_to_stop() -> None:
+    """Called in a worker's process by the controller."""
+    _stop_wanted.set()
+
+
+def _on_worker(work: Callable[[Rank], T], num_threads: int) -> T | FloatingPointError | StoppedError:
     from ray.train import get_context
     from ray.train.torch import get_device
 
@@ -146,11 +247,20 @@ def _on_worker(work: Callable[[Rank], T], num_threads: int) -> T | FloatingPoint
     # Any worker of a machine may be the one that copies.
     logging.getLogger(staging.__name__).setLevel(logging.INFO)
     assert isinstance(device, torch.device)
-    rank = Rank(context.get_world_rank(), context.get_world_size(), device)
+    rank = Rank(
+        context.get_world_rank(),
+        context.get_world_size(),
+        device,
+        node=context.get_node_rank(),
+        local_index=context.get_local_rank(),
+        stop_wanted=_stop_wanted.is_set,
+    )
     try:
         return work(rank)
-    except FloatingPointError as error:
-        return error  # all ranks meet it alike, and would again: no failure to restart after
+    except (FloatingPointError, StoppedError) as error:
+        return error  # all ranks meet it alike: no failure to restart after
+    except UserError:
+        raise  # perhaps one rank alone meets it: the controller ends the others, and no restart helps
     except Exception as error:
         logging.getLogger("arat_dist").error("worker %d failed: %s: %s", rank.index, type(error).__name__, error)
         raise

@@ -50,7 +50,7 @@ def evaluate_target(
     with tempfile.TemporaryDirectory() as scratch:
         cluster = evaluation_cluster(opened.cluster or ClusterConfig(storage=scratch), num_workers)
         check_gpus(cluster)
-        scores = run_workers(work, cluster, "eval", opened.data)
+        scores = run_workers(work, cluster, "eval")
     return scores | {"warnings": [], "wall_s": round(time.perf_counter() - began, 1)}
 
 

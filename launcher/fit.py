@@ -28,7 +28,7 @@ from arat_dist.storage import absolute_path
 from arat_dist.targets import export_run
 from arat_dist.tracking import tracking_uri
 from arat_dist.train import num_steps, train
-from launcher.cluster import run_workers
+from launcher.cluster import run_workers, stop_on_sigterm
 from launcher.progress import TrainingProgress
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,8 @@ def fit(recipe: Recipe, name: str, on_line: OnLine | None = None) -> dict[str, A
         on_line: gets every line of metrics.jsonl as it comes, in a thread of its own; default: a progress bar.
 
     Raises:
-        UserError: something that the user gave can't work; nothing was started or written.
+        UserError: something that the user gave can't work; mostly nothing was started or written.
+        StoppedError: SIGTERM came; there is a checkpoint to go on from.
     """
     began = time.perf_counter()
     run = Run(recipe.cluster.storage, name)
@@ -138,7 +139,8 @@ def _train(recipe: Recipe, run: Run, mirror: Mirror | None, on_line: OnLine | No
             if mirror:
                 mirror.start()
             work = partial(train, with_absolute_paths(recipe), Run(run.storage.uri, run.name))
-            trained = run_workers(work, recipe.cluster, run.name, recipe.data)
+            with stop_on_sigterm() as stop:
+                trained = run_workers(work, recipe.cluster, run.name, stop)
     finally:
         if mirror:
             mirror.finish(trained)

@@ -1,0 +1,181 @@
+"""What happens to machines and networks, done for real: the run goes on, and no sample is lost or seen twice."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from driver import Driver
+from nodes import Machines
+from small import marked_processes
+
+pytestmark = pytest.mark.slow
+
+NUM_STEPS = 120
+TWO = {
+    "cluster.workers": "2",
+    "cluster.placement": "spread",
+    "train.max_steps": str(NUM_STEPS),
+    "train.checkpoint_every": "10",
+}
+"""Two workers on two machines; where one is left, both on that one, if it has the CPUs."""
+
+Start = Callable[..., Driver]
+
+
+@pytest.fixture
+def start(machines: Machines) -> Iterator[Start]:
+    """Starts runs on the machines, and has them gone at the end."""
+    drivers: list[Driver] = []
+
+    def start(name: str, overrides: dict[str, str]) -> Driver:
+        drivers.append(Driver(machines, name, overrides))
+        return drivers[-1]
+
+    yield start
+    for driver in drivers:
+        driver.end()
+
+
+def check_whole(driver: Driver, summary: dict[str, Any], num_steps: int = NUM_STEPS) -> None:
+    """Every step was counted once, and so was every sample."""
+    assert (summary["steps"], summary["samples_seen"]) == (num_steps, num_steps * 32)
+    steps = driver.steps()
+    assert steps == sorted(set(steps))
+    assert set(range(2, num_steps + 1, 2)) <= set(steps)
+    # The work went on from a step that was done, every time.
+    for attempt in driver.lines("attempts.jsonl")[1:]:
+        assert attempt["step"] in {0, *steps}
+
+
+def check_equal(driver: Driver, calm: Driver) -> None:
+    """The same weights, bit for bit, and the same losses, as without the failure."""
+    ours, theirs = driver.weights(), calm.weights()
+    assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []
+    losses = [{line["step"]: line["loss"] for line in each.lines("metrics.jsonl")} for each in (driver, calm)]
+    assert losses[0].keys() >= losses[1].keys()
+    assert {step: losses[0][step] for step in losses[1]} == losses[1]
+
+
+def note(record: Callable[[str, object], None], driver: Driver, since: float, state: str) -> None:
+    """For the line at the end: what belongs in a table of failures."""
+    for key, value in driver.times(since).items():
+        record(key, value)
+    record("samples lost or seen twice", "0 and 0")
+    record("final state", state)
+
+
+def test_a_machine_dies_without_grace(machines: Machines, start: Start, record_property):
+    machines.add(2)
+    dying = machines.add(1)
+    calm = start("calm", TWO)
+    calm.summary()
+    driver = start("bereft", TWO)
+    driver.wait_for_step(24)
+    since = time.time()
+    machines.kill(dying)
+    summary = driver.summary()
+    note(record_property, driver, since, "equal")
+    assert summary["restarts"] >= 1
+    assert driver.lines("attempts.jsonl")[-1]["step"] >= 20
+    check_whole(driver, summary)
+    check_equal(driver, calm)
+
+
+def test_the_network_of_a_machine_fails(machines: Machines, start: Start, record_property):
+    machines.add(2)
+    lonely = machines.add(1)
+    calm = start("calm", TWO)
+    calm.summary()
+    driver = start("parted", TWO)
+    driver.wait_for_step(24)
+    assert any("RayTrainWorker" in line for line in lonely.processes().values())
+    since = time.time()
+    machines.unplug(lonely)
+    summary = driver.summary()
+    note(record_property, driver, since, "equal")
+    assert summary["restarts"] >= 1
+    check_whole(driver, summary)
+    check_equal(driver, calm)
+    # Cut off from the others, its workers end by themselves: nobody could tell them to.
+    deadline = time.monotonic() + 120
+    while (left := [line for line in lonely.processes().values() if "RayTrainWorker" in line]) and (
+        time.monotonic() < deadline
+    ):
+        time.sleep(0.5)
+    assert left == []
+    # And what they had written until then changed nothing.
+    check_whole(driver, summary)
+
+
+def test_a_machine_is_to_go(machines: Machines, start: Start, record_property):
+    """A drain notice costs no step and counts as no failure."""
+    machines.add(2)
+    leaving = machines.add(1)
+    calm = start("calm", TWO)
+    calm.summary()
+    driver = start("drained", TWO | {"cluster.max_failures": "0", "train.checkpoint_every": "1000"})
+    driver.wait_for_step(24)
+    since = time.time()
+    machines.drain(leaving, seconds=600)
+    driver.wait_for_attempt(2)
+    before = driver.lines("attempts.jsonl")
+    assert not any("RayTrainWorker" in line for line in leaving.processes().values())
+    machines.kill(leaving)
+    summary = driver.summary()
+    note(record_property, driver, since, "equal")
+    assert len(before) == 2
+    # Checkpoints on schedule are far apart: this one was written because of the notice.
+    assert before[1]["step"] >= 24
+    check_whole(driver, summary)
+    check_equal(driver, calm)
+
+
+def test_the_group_shrinks_and_grows(machines: Machines, start: Start, record_property):
+    """Two workers, one, two again: the global batch stays, and growing repeats no step."""
+    machines.add(1)
+    dying = machines.add(1)
+    num_steps = 1500
+    driver = start(
+        "elastic",
+        {
+            "cluster.workers": "[1, 2]",
+            "cluster.resize_every_s": "2",
+            "train.max_steps": str(num_steps),
+            "train.checkpoint_every": "50",
+            "train.epochs": "50",
+        },
+    )
+    driver.wait_for_step(60)
+    since = time.time()
+    machines.kill(dying)
+    driver.wait_for_attempt(2)
+    for key, value in driver.times(since).items():
+        record_property(f"shrunk: {key}", value)
+    driver.wait_for_step(driver.lines("attempts.jsonl")[1]["step"] + 20)
+    since = time.time()
+    machines.add(1)
+    driver.wait_for_attempt(3)
+    record_property("grown: resumed after", driver.times(since)["resumed after"])
+    summary = driver.summary()
+    sizes = [attempt["world_size"] for attempt in driver.lines("attempts.jsonl")]
+    record_property("sizes", sizes)
+    assert sizes == [2, 1, 2]
+    third = driver.lines("attempts.jsonl")[2]
+    # The step before was the last one of the smaller group: the checkpoint isn't one of every fiftieth step.
+    assert third["step"] in driver.steps()
+    check_whole(driver, summary, num_steps)
+
+
+def test_no_machine_has_room(machines: Machines, start: Start, record_property):
+    machines.add(1)
+    for name, workers in (("fixed", "3"), ("elastic", "[2, 3]")):
+        driver = start(name, TWO | {"cluster.workers": workers, "cluster.start_timeout_s": "10"})
+        since = time.time()
+        last = driver.failure()
+        record_property(f"{name}: told after", f"{time.time() - since:.1f} s")
+        assert last.startswith(f"arat: cluster.workers: {3 if name == 'fixed' else 2}: of 1 CPU each")
+        assert "no room for them in 10 s (cluster.start_timeout_s); free are 1 of 1 CPU" in last
+        assert "Traceback" not in driver.stderr
+    assert marked_processes("RayTrainWorker") == {}
