@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -47,8 +48,9 @@ def train(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
     objective = build_objective(recipe if checkpoint is None else recipe.without_start())
     recipe = recipe.model_copy(update={"data": with_centre_crop(recipe.data, objective.classifier.backbone)})
     scales_loss = settings.precision == "fp16"
+    # Before the engine, which may shard the weights that are copied here.
+    averages = build_averages(recipe, objective.to(rank.device).classifier, order.num_samples)
     engine = build_engine(objective, recipe.engine, recipe.optim, rank, scales_loss=scales_loss)
-    averages = build_averages(recipe, objective.classifier, order.num_samples)
     start = resume(checkpoint, engine, averages)
     stop = max(start, num_steps(recipe))
     check_agreement(start, load_manifest(recipe.data.train), rank)
@@ -83,17 +85,18 @@ def train(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
             # A line goes before each checkpoint: it refuses a loss that is no number, and a resumed run begins a line.
             if saves or is_due(done, settings.log_every):
                 log.write(done, order.epochs_after(done), lr, gradient_norm)
-            for average in averages.values():
-                average.update(objective.classifier, done)
+            update_averages(averages, engine, done)
             if order.ends_epoch(step):
                 objective.end_epoch(rank.all_reduce)
             if done == stop:
-                restate_all(objective, averages, recipe, rank)
+                with engine.gathered():
+                    restate_all(objective, averages, recipe, rank)
             if saves:
                 save(run, engine, averages, rank, done, keep=settings.keep_checkpoints)
 
     weights, classifier = result(objective, averages)
-    scores = evaluate(classifier, recipe.data, eval_config(recipe), rank)
+    with engine.gathered():
+        scores = evaluate(classifier, recipe.data, eval_config(recipe), rank)
     return {
         "epochs": settings.epochs,
         "steps": stop,
@@ -153,6 +156,14 @@ def diagnose(objective: Objective, terms: Mapping[str, Tensor], share: float, ra
     return conflict | branch_distance(objective.classifier)
 
 
+def update_averages(averages: Mapping[str, Average], engine: Engine, done: int) -> None:
+    """Take the weights after so many steps into the averages that they count for; gathers them at most once."""
+    due = [average for average in averages.values() if average.is_due(done)]
+    with engine.gathered() if due else nullcontext():
+        for average in due:
+            average.update(engine.objective.classifier, done)
+
+
 def restate_all(objective: Objective, averages: Mapping[str, Average], recipe: Recipe, rank: Rank) -> None:
     """Measure the norm statistics of every averaged net anew, at the end of the run."""
     for average in averages.values():
@@ -170,7 +181,7 @@ def resume(checkpoint: Checkpoint | None, engine: Engine, averages: Mapping[str,
     """Take up a checkpoint, if there is one; returns the steps done."""
     if checkpoint is None:
         return 0
-    engine.objective.load_state_dict(checkpoint.weights["model"])
+    engine.load_model_state(checkpoint.weights["model"])
     engine.load_state_dict(checkpoint.optimizer)
     for name, average in averages.items():
         average.resume(checkpoint.weights.get(name), checkpoint.step)
@@ -200,10 +211,10 @@ def save(run: Run, engine: Engine, averages: Mapping[str, Average], rank: Rank, 
     """Join what the ranks know, then write a checkpoint on the first one."""
     engine.objective.sync(rank.all_reduce)
     average_statistics(engine.objective, rank)
-    weights = {"model": engine.objective.state_dict()}
+    weights, optimizer = {"model": engine.model_state()}, engine.state_dict()
     for name, average in averages.items():
         if average.has_begun:
             average_statistics(average.classifier, rank)
             weights[name] = average.classifier.state_dict()
     if rank.is_first:
-        save_checkpoint(run.checkpoints, Checkpoint(step, weights, engine.state_dict()), keep=keep)
+        save_checkpoint(run.checkpoints, Checkpoint(step, weights, optimizer), keep=keep)

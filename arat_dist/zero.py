@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -44,7 +45,8 @@ class DeepSpeedEngine:
 
     def __init__(self, objective: Objective, stage: int, optim: OptimConfig, rank: Rank):
         deepspeed = _import_deepspeed(rank)
-        self.objective = objective.to(rank.device)
+        # As DeepSpeed flattens and broadcasts them.
+        self.objective = objective.to(rank.device).to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
         self._stage, self._rank, self._clip_norm = stage, rank, optim.clip_grad_norm
         self._base = build_optimizer(objective, optim)
         self._base.state.clear()
@@ -290,7 +292,15 @@ def _import_deepspeed(rank: Rank) -> Any:
     logger.handlers.clear()  # writes to stdout
     logger.propagate = True
     logger.setLevel(logging.WARNING)
+    logger.addFilter(_is_news)
+    # What it calls:
+    warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)
     return deepspeed
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """DeepSpeed warns of every optimizer that it doesn't list, SGD among them."""
+    return "untested optimizer" not in record.getMessage()
 
 
 def _config(stage: int, num_weights: int) -> dict[str, Any]:
