@@ -237,7 +237,7 @@ class DeepSpeedEngine:
         from deepspeed.runtime.zero.partitioned_param_coordinator import ZeRoTraceMode
 
         parameters: list[Any] = list(self.objective.parameters())
-        # Passes inside are no part of the step whose course ZeRO-3 learns, and ranks may make different numbers of them.
+        # Passes inside are no part of the step whose course ZeRO-3 learns; ranks may make different numbers of them.
         coordinator = self._optimizer.parameter_offload.get_param_coordinator()
         mode = "_PartitionedParameterCoordinator__trace_mode"
         before = getattr(coordinator, mode)

@@ -62,8 +62,7 @@ class RankGroup:
         """
         for pipe in self._pipes:
             pipe.send(args)
-        answers = [_receive(pipe) for pipe in self._pipes]
-        return answers
+        return [_receive(pipe) for pipe in self._pipes]
 
 
 def _receive(pipe: Connection) -> Any:
