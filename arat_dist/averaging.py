@@ -27,14 +27,15 @@ class Average:
     norms' integer counters; here the counter is a function of the step.
 
     Args:
-        classifier: the net in training.
+        classifier: the net in training, whole: before an engine shards it.
         share: what the newest weights count for when so many have gone in before.
         first: step after which the first weights go in; those as they are.
         every: steps between two.
     """
 
     def __init__(self, classifier: Classifier, share: Callable[[int], float], *, first: int, every: int):
-        self.classifier = deepcopy(classifier).requires_grad_(False)
+        copied = deepcopy(classifier).requires_grad_(False)
+        self.classifier = copied.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
         self._share, self.first, self._every = share, first, every
         self._count = 0
 
@@ -47,9 +48,13 @@ class Average:
         """How many weights have gone in when so many steps are done."""
         return max(0, (done - self.first) // self._every + 1)
 
+    def is_due(self, done: int) -> bool:
+        """Whether the weights after so many steps are among those that count."""
+        return done >= self.first and (done - self.first) % self._every == 0
+
     def update(self, classifier: Classifier, done: int) -> None:
         """Take in the weights after a step, if it is one of those that count."""
-        if done < self.first or (done - self.first) % self._every:
+        if not self.is_due(done):
             return
         pairs = list(zip(_tensors(self.classifier), _tensors(classifier), strict=True))
         moving = [(mean, now) for mean, now in pairs if mean.is_floating_point()]

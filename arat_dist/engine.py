@@ -1,8 +1,8 @@
-"""Data parallelism behind one small protocol: the only file that knows of DDP (and of DeepSpeed, once it is here)."""
+"""Data parallelism behind one small protocol, and DDP behind it; `zero` has DeepSpeed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from arat_dist.config import EngineConfig, OptimConfig
+from arat_dist.config import EngineConfig, OptimConfig, Recipe
 from arat_dist.errors import UserError
 from arat_dist.objectives.base import Objective, Output
 from arat_dist.optim import build_optimizer
@@ -56,6 +56,15 @@ class Rank:
         rows = tensor.new_zeros(self.world_size, *tensor.shape)
         rows[self.index] = tensor
         return self.all_reduce(rows)
+
+
+@dataclass(frozen=True)
+class Held:
+    """The tensors that an engine holds on this rank, by what they are for; several may share memory."""
+
+    weights: Sequence[Tensor]
+    gradients: Sequence[Tensor]
+    optimizer_state: Sequence[Tensor]
 
 
 class Engine(Protocol):
@@ -104,12 +113,42 @@ class Engine(Protocol):
         """Learning rate of the next step."""
         ...
 
+    def gathered(self) -> AbstractContextManager[None]:
+        """Inside, the objective's weights are whole on every rank, for passes and for reading, not for writing.
+
+        Every rank enters and leaves it; passes inside are each rank's own. Free of charge but under ZeRO-3, where it
+        costs an all-gather of all weights and, inside, memory for them on every rank.
+        """
+        ...
+
+    def model_state(self) -> dict[str, Tensor]:
+        """The objective's whole state dict, of tensors that training goes on to change; every rank calls it.
+
+        Under DeepSpeed the first rank has it and the others nothing; under ZeRO-3 weights come to its main memory.
+        """
+        ...
+
+    def load_model_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take up what `model_state` gave, under any engine and world size; every rank calls it, with all of it."""
+        ...
+
     def state_dict(self) -> dict[str, Any]:
-        """Optimizer state, the same on every rank."""
+        """State of the optimizer, of tensors that training goes on to change; every rank calls it.
+
+        Under DeepSpeed the first rank has it and the others nothing.
+
+        Returns:
+            "state", by the parameter's name what the optimizer keeps of it, each tensor whole (momentum_buffer; or
+            exp_avg, exp_avg_sq and step), and "loss_scale", the scaler's, None or empty in other precisions than fp16.
+        """
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` gave."""
+        """Take up what `state_dict` gave, under any engine and world size; every rank calls it, with all of it."""
+        ...
+
+    def held(self) -> Held:
+        """What this rank holds; gradients between a backward pass and the step."""
         ...
 
 
@@ -131,7 +170,7 @@ class DDPEngine:
         self._scaler = torch.amp.GradScaler(rank.device.type, enabled=scales_loss)
         self._wrapped: nn.Module = self.objective
         if rank.world_size > 1:
-            # Running statistics are per rank unless norms are synchronised; `average_statistics` joins them where used.
+            # Running statistics are per rank unless norms are synchronised; `averaged_statistics` joins them.
             self._wrapped = DistributedDataParallel(
                 self.objective, forward_sync_buffers=False, gradient_as_bucket_view=True
             )
@@ -188,33 +227,79 @@ class DDPEngine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
 
+    def gathered(self) -> AbstractContextManager[None]:
+        """See `Engine`."""
+        return nullcontext()
+
+    def model_state(self) -> dict[str, Tensor]:
+        """See `Engine`."""
+        return self.objective.state_dict()
+
+    def load_model_state(self, state: Mapping[str, Tensor]) -> None:
+        """See `Engine`."""
+        self.objective.load_state_dict(state)
+
     def state_dict(self) -> dict[str, Any]:
         """See `Engine`."""
-        return self._optimizer.state_dict() | {"loss_scale": self._scaler.state_dict()}
+        named = self.objective.named_parameters()
+        state = {name: dict(self._optimizer.state[p]) for name, p in named if p in self._optimizer.state}
+        return {"state": state, "loss_scale": self._scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """See `Engine`."""
-        self._optimizer.load_state_dict(state)
-        if state.get("loss_scale"):  # empty in other precisions
+        for name, parameter in self.objective.named_parameters():
+            if entry := state["state"].get(name):
+                self._optimizer.state[parameter] = {key: like_parameter(entry[key], parameter) for key in entry}
+        if state["loss_scale"]:
             self._scaler.load_state_dict(state["loss_scale"])
+
+    def held(self) -> Held:
+        """See `Engine`."""
+        parameters = list(self.objective.parameters())
+        return Held(
+            weights=[p.data for p in parameters],
+            gradients=[p.grad for p in parameters if p.grad is not None],
+            optimizer_state=[value for entry in self._optimizer.state.values() for value in entry.values()],
+        )
 
     def _gradient_norm(self) -> Tensor:
         """2-norm of the whole gradient, 0-d."""
         return nn.utils.get_total_norm([p.grad for p in self.objective.parameters() if p.grad is not None])
 
 
-def check_engine(config: EngineConfig) -> None:
-    """Refuse what can't run yet (UserError)."""
-    if config.kind != "ddp":
-        raise UserError(f"engine.kind: {config.kind}: DeepSpeed can't train yet; ddp would be right")
+def like_parameter(value: Tensor, parameter: Tensor) -> Tensor:
+    """A copy of what an optimizer keeps of a parameter, on its device: fused kernels want its memory format too."""
+    if value.shape == parameter.shape:
+        return torch.empty_like(parameter, requires_grad=False).copy_(value)
+    return value.to(parameter.device, copy=True)
+
+
+def check_engine(recipe: Recipe) -> None:
+    """Refuse what the recipe's engine can't do (UserError)."""
+    train, stage = recipe.train, recipe.engine.zero_stage
+    if recipe.engine.kind == "ddp":
+        return
+    if train.precision == "fp16":
+        raise UserError("train.precision: fp16: goes with engine.kind ddp; bf16 or fp32 would be right")
+    for key, value in (
+        ("train.compile", train.compile),
+        ("train.grad_checkpointing", train.grad_checkpointing),
+        ("track.diagnostics_every", recipe.track.diagnostics_every is not None),
+    ):
+        if stage == 3 and value:
+            raise UserError(f"engine.zero_stage: 3: goes without {key}; 2 would be right")
 
 
 def build_engine(
     objective: Objective, config: EngineConfig, optim: OptimConfig, rank: Rank, *, scales_loss: bool = False
 ) -> Engine:
-    """The engine that the recipe names; see `DDPEngine`."""
-    check_engine(config)
-    return DDPEngine(objective, optim, rank, scales_loss=scales_loss)
+    """The engine that the recipe names; see `DDPEngine` and `DeepSpeedEngine`."""
+    if config.kind == "ddp":
+        return DDPEngine(objective, optim, rank, scales_loss=scales_loss)
+    from arat_dist.zero import DeepSpeedEngine  # DeepSpeed takes seconds
+
+    assert not scales_loss, "check_engine refuses fp16"
+    return DeepSpeedEngine(objective, config.zero_stage, optim, rank)
 
 
 @contextmanager

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from timm.optim._param_groups import param_groups_weight_decay
-from torch import nn
+from torch import Tensor, nn
 
 from arat_dist.config import OptimConfig
 
@@ -26,11 +27,17 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optim
     if config.name == "adamw":
         return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
     sgd = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
-    if config.momentum:
-        # From zero the first step is what torch makes of no buffer; its fused kernel would leave memory as it was found
-        # in the buffers if that first step isn't taken.
-        sgd.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for g in sgd.param_groups for p in g["params"]})
+    begin_momentum(sgd, [p for group in sgd.param_groups for p in group["params"]])
     return sgd
+
+
+def begin_momentum(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Give SGD's momentum its zeros, where it has momentum: the first step is then what torch makes of no buffer.
+
+    Its fused kernel would leave memory as it was found in the buffers if that first step isn't taken.
+    """
+    if optimizer.defaults.get("momentum"):
+        optimizer.state.update({p: {"momentum_buffer": torch.zeros_like(p)} for p in parameters})
 
 
 def lr_at(step: int, config: OptimConfig, *, num_samples: int, batch_size: int, epochs: int) -> float:

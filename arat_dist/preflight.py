@@ -25,7 +25,7 @@ def check_recipe(recipe: Recipe) -> None:
     Raises:
         UserError: one line that names the key, its value and what would be right.
     """
-    check_engine(recipe.engine)
+    check_engine(recipe)
     check_data(recipe.data)
     if recipe.cluster.address is None:  # else the machines that load are others
         loader_class(recipe.data)

@@ -46,7 +46,7 @@ def capture(
     weights = {}
     for name, net in nets.items():
         with averaged_statistics(net, rank):
-            state = net.state_dict()
+            state = engine.model_state() if net is engine.objective else net.state_dict()
             weights[name] = _copied(state) if rank.is_first else {}
     optimizer = engine.state_dict()
     if not rank.is_first:
@@ -56,7 +56,7 @@ def capture(
 
 def take_up(checkpoint: Checkpoint, engine: Engine, averages: Mapping[str, Average], rank: Rank) -> None:
     """Give back what `capture` took; at the same world size every rank gets its own running statistics."""
-    engine.objective.load_state_dict(checkpoint.weights["model"])
+    engine.load_model_state(checkpoint.weights["model"])
     engine.load_state_dict(checkpoint.optimizer)
     nets: dict[str, nn.Module] = {"model": engine.objective}
     for name, average in averages.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ from arat_dist.data.order import SampleOrder
 from arat_dist.data.staging import stage_data
 from arat_dist.device_augment import build_device_augment
 from arat_dist.diagnostics import branch_distance, gradient_conflict
-from arat_dist.engine import Rank, averaged_statistics, build_engine
+from arat_dist.engine import Engine, Rank, averaged_statistics, build_engine
 from arat_dist.errors import StoppedError
 from arat_dist.evaluate import eval_config, evaluate
 from arat_dist.guard import BufferGuard, DivergedError, SkipCounter
@@ -68,8 +69,9 @@ def train_once(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
     objective = build_objective(recipe if checkpoint is None else recipe.without_start())
     recipe = recipe.model_copy(update={"data": with_centre_crop(recipe.data, objective.classifier.backbone)})
     scales_loss = settings.precision == "fp16"
+    # Before the engine, which may shard the weights that are copied here.
+    averages = build_averages(recipe, objective.to(rank.device).classifier, order.num_samples)
     engine = build_engine(objective, recipe.engine, recipe.optim, rank, scales_loss=scales_loss)
-    averages = build_averages(recipe, objective.classifier, order.num_samples)
     if checkpoint is not None:
         take_up(checkpoint, engine, averages, rank)
         logger.info("going on after step %d", checkpoint.step)
@@ -111,15 +113,16 @@ def train_once(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
                 gradient_norm = engine.step()
                 guard.restore_unless(finite := gradient_norm.isfinite())
             log.add(result, finite)
-            for average in averages.values():
-                average.update(objective.classifier, done)
+            update_averages(averages, engine, done)
             if order.ends_epoch(step):
                 objective.end_epoch(rank.all_reduce)
             if done == stop:
-                restate_all(objective, averages, recipe, rank)
+                with engine.gathered():
+                    restate_all(objective, averages, recipe, rank)
             about: dict[str, Any] = {}
             if evaluates := is_evaluation_due(recipe, order, step) and done < stop:
-                about = evaluate_now(objective, averages, recipe, rank)
+                with engine.gathered():
+                    about = evaluate_now(objective, averages, recipe, rank)
                 log.note({f"val_{name}": torch.tensor(value, device=rank.device) for name, value in about.items()})
             if done == stop or evaluates or is_due(done, settings.log_every):
                 skips.see(done, log.write(done, order.epochs_after(done), lr, gradient_norm))
@@ -137,7 +140,7 @@ def train_once(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
         saver.finish()
 
     weights, classifier = result_of(objective, averages)
-    with averaged_statistics(classifier, rank):
+    with engine.gathered(), averaged_statistics(classifier, rank):
         scores = evaluate(classifier, recipe.data, eval_config(recipe), rank)
     return {
         "epochs": settings.epochs,
@@ -206,6 +209,14 @@ def diagnose(objective: Objective, terms: Mapping[str, Tensor], share: float, ra
     """The measurements of the diagnostics, the same on all ranks; none of the conflict where a method has one term."""
     conflict = gradient_conflict(objective.classifier, terms, share, rank) if terms else {}
     return conflict | branch_distance(objective.classifier)
+
+
+def update_averages(averages: Mapping[str, Average], engine: Engine, done: int) -> None:
+    """Take the weights after so many steps into the averages that they count for; gathers them at most once."""
+    due = [average for average in averages.values() if average.is_due(done)]
+    with engine.gathered() if due else nullcontext():
+        for average in due:
+            average.update(engine.objective.classifier, done)
 
 
 def restate_all(objective: Objective, averages: Mapping[str, Average], recipe: Recipe, rank: Rank) -> None:

@@ -180,6 +180,13 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
     verb.epilog = "Recipe keys can be overridden, as in --train.max_steps 100."
 
+    verb = _verb(bench, "engine", verbs.bench_engine, "what a rank holds under DDP and each stage of DeepSpeed ZeRO")
+    _step_options(verb, batch_size=16, attack_steps=1)
+    verb = _verb(bench, "scale", verbs.bench_scale, "workers of one thread against one worker with as many threads")
+    _step_options(verb, batch_size=64, attack_steps=10)
+    verb.add_argument("--engine", choices=["ddp", "zero0", "zero1", "zero2", "zero3"], default="ddp", help="(ddp)")
+    verb.add_argument("--steps", type=_positive, default=1, help="of each worker group's turn (1)")
+
     verb = _verb(commands, "export", verbs.export, "write a run's adv branch as a plain timm checkpoint")
     verb.add_argument("target", metavar="RUN")
     verb.add_argument("out_dir", metavar="OUT_DIR", type=Path)
@@ -199,6 +206,21 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("target", metavar="RUN")
     verb.epilog = "Keys of the recipe's section track can be overridden, as in --track.uri http://HOST:5000."
     return parser
+
+
+def _step_options(verb: argparse.ArgumentParser, *, batch_size: int, attack_steps: int) -> None:
+    """What the benches of several workers have in common."""
+    verb.add_argument("--model", default="cifar_resnet18", help="a timm architecture (cifar_resnet18)")
+    verb.add_argument("--image-size", type=_positive, default=32, help="side of the pictures, in pixels (32)")
+    verb.add_argument("--num-classes", type=_positive, default=10, help="(10)")
+    verb.add_argument(
+        "--global-batch-size", type=_positive, default=batch_size, help=f"of all workers together ({batch_size})"
+    )
+    verb.add_argument("--attack-steps", type=_positive, default=attack_steps, help=f"steps of PGD ({attack_steps})")
+    verb.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="of the step (bf16)")
+    verb.add_argument("--workers", type=_workers, default=2, help="processes on this machine's CPU (2)")
+    verb.add_argument("--repeats", type=_positive, default=5, help="rounds, of which medians are taken (5)")
+    verb.epilog = "Recipe keys can be overridden, as in --model.args '{channels: [16, 32, 64, 128]}'."
 
 
 def _verb(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
@@ -241,6 +263,7 @@ def _workers(text: str) -> int | list[int]:
 
 
 _positive = partial(_in_range, least=1)
+_workers = partial(_in_range, least=2)
 _count = partial(_in_range, least=0)
 _percent = partial(_in_range, least=1, most=100)
 _side = partial(_in_range, least=1, most=65_500)  # libjpeg's limit

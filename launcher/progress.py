@@ -109,6 +109,20 @@ def step_table(result: dict[str, Any]) -> Table:
     return table
 
 
+def engine_table(result: dict[str, Any]) -> Table:
+    """What `arat bench engine` measured."""
+    table = Table(
+        title=f"{result['model']}, {result['optimizer']}, {result['workers']} workers, global batch "
+        f"{result['global_batch_size']}, {result['precision']}: MiB on the rank that holds most"
+    )
+    for column in ("", "optimizer state", "gradients", "weights", "step ms"):
+        table.add_column(column, justify="right" if column else "left")
+    for engine in result["engines"]:
+        sizes = (max(engine[f"{name}_mb"]) for name in ("optimizer_state", "gradients", "weights"))
+        table.add_row(engine["engine"], *(f"{size:.1f}" for size in sizes), f"{engine['step_ms']:.0f}")
+    return table
+
+
 def data_table(result: dict[str, Any]) -> Table:
     """What `arat bench data` measured."""
     from arat_dist.bench.data import LOADERS  # decoders are imported by who measures them

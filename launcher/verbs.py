@@ -15,6 +15,7 @@ from arat_dist.errors import UserError
 from arat_dist.recipe import load_recipe, parse_recipe
 
 if TYPE_CHECKING:
+    from arat_dist.config import Recipe
     from arat_dist.data.manifest import Manifest
 
 # Each imports what it runs when it runs: `arat --help` and a mistyped recipe answer without torch and Ray.
@@ -254,6 +255,52 @@ def submit(args: argparse.Namespace) -> dict[str, Any]:
 
 def _run_name(args: argparse.Namespace) -> str:
     return Path(args.recipe).stem if args.name is None else args.name
+
+
+def bench_engine(args: argparse.Namespace) -> dict[str, Any]:
+    """`arat bench engine`."""
+    from arat_dist.bench.engine import bench_engine as measure
+    from launcher.progress import console, engine_table
+
+    recipe = _ranks_recipe(args)
+    with console.status("building") as status:
+        result = measure(recipe, workers=args.workers, repeats=args.repeats, on_progress=status.update)
+    _print_unless_json(args, engine_table(result))
+    return result
+
+
+def bench_scale(args: argparse.Namespace) -> dict[str, Any]:
+    """`arat bench scale`."""
+    from arat_dist.bench.engine import ENGINES
+    from arat_dist.bench.scale import bench_scale as measure
+    from launcher.progress import console
+
+    recipe = _ranks_recipe(args).model_copy(update={"engine": ENGINES[args.engine]})
+    with console.status("building") as status:
+        result = measure(
+            recipe, workers=args.workers, steps=args.steps, repeats=args.repeats, on_progress=status.update
+        )
+    speeds = ", ".join(f"{name}: {speed:.1f} pictures/s" for name, speed in result["images_per_second"].items())
+    _print_unless_json(args, f"workers x threads: {speeds}; ratio {result['ratio']:.3f}")
+    return result
+
+
+def _ranks_recipe(args: argparse.Namespace) -> Recipe:
+    """ARAT's step as the benches of several workers take it."""
+    from arat_dist.bench.step import step_recipe
+    from arat_dist.errors import UserError
+
+    if args.global_batch_size < 2 * args.workers:
+        raise UserError(f"--global-batch-size: {args.global_batch_size}: at least 2 a worker ({args.workers})")
+    return step_recipe(
+        args.model,
+        image_size=args.image_size,
+        num_classes=args.num_classes,
+        batch_size=args.global_batch_size,
+        attack_steps=args.attack_steps,
+        precision=args.precision,
+        overrides=args.overrides,
+    )
 
 
 def _shorthands(args: argparse.Namespace) -> list[tuple[str, Any]]:

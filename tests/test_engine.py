@@ -12,7 +12,6 @@ from arat_dist.averaging import MeasuredNorms
 from arat_dist.config import ARATConfig, EngineConfig, OptimConfig
 from arat_dist.data.order import SampleOrder
 from arat_dist.engine import DDPEngine, Rank, averaged_statistics, build_engine
-from arat_dist.errors import UserError
 from arat_dist.objectives import ARAT, AT, Objective, build_objective
 from arat_dist.objectives.base import Output, Setting
 from arat_dist.train import diagnose
@@ -290,8 +289,3 @@ def test_one_rank_needs_no_process_group():
     with averaged_statistics(classifier, rank):
         pass
     assert all(torch.equal(before[name], value) for name, value in classifier.named_buffers())
-
-
-def test_deepspeed_is_refused_in_one_line():
-    with pytest.raises(UserError, match=r"^engine.kind: deepspeed:"):
-        build_engine(objective("at"), EngineConfig(kind="deepspeed"), OPTIM, Rank(0, 1, CPU))

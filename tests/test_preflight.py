@@ -16,6 +16,7 @@ TOY = {"name": "resnet10t", "args": {"channels": [8, 8, 8, 8], "stem_width": 8, 
 GROUP_NORM = {"name": "resnet50_gn", "args": {"channels": [32, 32, 32, 32], "layers": [1, 1, 1, 1]}}
 
 NARROW = {"depth": 1, "embed_dim": 24}
+ZERO3 = {"kind": "deepspeed", "zero_stage": 3}
 VIT = {"name": "vit_tiny_patch16_224", "args": {**NARROW, "dynamic_img_size": True}}
 """A net of patches, that takes any number of them."""
 
@@ -64,7 +65,10 @@ def test_a_recipe_that_can_run_passes(sets: Sets):
         ({"objective": {"name": "arat", "taps": ["layer9"]}}, "objective.taps: layer9: no such module", "it has"),
         ({"model": GROUP_NORM}, "objective.split_norm: batch:", "none would be right"),
         ({"cluster": {"gpus_per_worker": 1}}, "cluster.gpus_per_worker: 1:", "no GPU"),
-        ({"engine": {"kind": "deepspeed"}}, "engine.kind: deepspeed:", "ddp"),
+        ({"engine": {"kind": "deepspeed"}, "train": {"precision": "fp16"}}, "train.precision: fp16:", "bf16 or fp32"),
+        ({"engine": ZERO3, "train": {"compile": True}}, "engine.zero_stage: 3:", "train.compile; 2 would be right"),
+        ({"engine": ZERO3, "train": {"grad_checkpointing": True}}, "engine.zero_stage: 3:", "train.grad_checkpointing"),
+        ({"engine": ZERO3, "track": {"diagnostics_every": 2}}, "engine.zero_stage: 3:", "track.diagnostics_every"),
         ({"train": {"swa_start_epoch": 2, "max_steps": 10}}, "train.swa_start_epoch: 2: ends with step 11", "step 10"),
         ({"train": {"norm_samples": 1}}, "train.norm_samples: 1: at least 2 a worker", "(1)"),
         (

@@ -60,7 +60,6 @@ def assert_equal(a: Checkpoint, b: Checkpoint) -> None:
         assert set(state) == set(b.weights[part])
         for name, value in state.items():
             assert torch.equal(value, b.weights[part][name]), f"{part}: {name}"
-    assert a.optimizer["param_groups"] == b.optimizer["param_groups"]
     assert a.optimizer["state"].keys() == b.optimizer["state"].keys()
     for key, state in a.optimizer["state"].items():
         for name, value in state.items():

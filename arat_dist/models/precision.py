@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -53,7 +53,7 @@ class StepWeights:
     def cast(self) -> Iterator[None]:
         """One cast for all passes inside; gradients reach the master weights, each as soon as it is known."""
         # One operation a weight: a single one for all would give DDP all gradients at once, at the very end.
-        copies = {held[name]: held[name].to(self._dtype) for held, name in self._cast}
+        copies = {held[name]: _cast(held[name], self._dtype) for held, name in self._cast}
         with _replaced(self._cast, [copies[held[name]] for held, name in self._cast]):
             yield
 
@@ -62,6 +62,21 @@ class StepWeights:
         """No weight asks for a gradient inside: neither autograd nor a compiled graph computes one."""
         with _replaced(self._all, [held[name].detach() for held, name in self._all]):
             yield
+
+
+class WeightsInPlace:
+    """`StepWeights` of an engine that moves weights about while layers run, so that no other tensor can stand for them.
+
+    Every pass casts its weights anew, and an attack's graph keeps what the weights' gradients would need.
+    """
+
+    cast = detached = staticmethod(nullcontext)
+
+
+def _cast(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Channels last where that means something: engines that flatten weights keep them in plain order."""
+    layout = torch.channels_last if weight.ndim == 4 else torch.preserve_format
+    return weight.to(dtype, memory_format=layout)
 
 
 @contextmanager

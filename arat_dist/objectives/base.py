@@ -17,7 +17,7 @@ from arat_dist.losses import hard_labels, lifted
 from arat_dist.mixing import Mixing
 from arat_dist.models.classifier import Classifier
 from arat_dist.models.cpu_ops import on_cpu
-from arat_dist.models.precision import COMPUTE_DTYPES, StepWeights, amplified
+from arat_dist.models.precision import COMPUTE_DTYPES, StepWeights, WeightsInPlace, amplified
 from arat_dist.models.split_norm import AttackMode, Branch
 from arat_dist.objectives.attack import AttackDefaults, TrainingAttack
 
@@ -78,6 +78,7 @@ class Objective(nn.Module):
         self._attack_mode = AttackMode(classifier)
         self._compiled: dict[Classifier, Callable[[Tensor], Tensor]] = {}
         self._compiled_sizes: Set[int] = frozenset()
+        self._weights_stay = False
         self.begin_step(math.inf)
 
     def begin_step(self, epoch: float) -> None:
@@ -130,14 +131,21 @@ class Objective(nn.Module):
             self._compiled[net] = torch.compile(on_cpu(forward) if is_on_cpu else forward, dynamic=False)
         self._compiled_sizes = batch_sizes
 
+    def keep_weights_in_place(self) -> None:
+        """Let all passes use the parameters themselves; see `WeightsInPlace`. Called before the first step."""
+        self._weights_stay = True
+
     @cached_property
-    def _weights(self) -> StepWeights:
+    def _weights(self) -> StepWeights | WeightsInPlace:
         """Of all parts; made at the first step, when methods have added theirs."""
-        return StepWeights(self, self._dtype)
+        return WeightsInPlace() if self._weights_stay else StepWeights(self, self._dtype)
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """The precision of attack and training passes."""
-        return torch.autocast(device.type, dtype=self._dtype, enabled=self._dtype is not None)
+        # The cache would hold every weight whole, and without a graph those that an attack uses first under no_grad.
+        return torch.autocast(
+            device.type, dtype=self._dtype, enabled=self._dtype is not None, cache_enabled=not self._weights_stay
+        )
 
     def losses(self, pixels: Tensor, targets: Tensor, keys: Tensor) -> Output:
         """The method itself; runs inside the autocast region.

@@ -103,7 +103,7 @@ def finished(digits, tmp_path_factory) -> Path:
         ({"cluster.workers": "15"}, ["cluster.workers: 15", "at most 14 would be right"]),
         ({"data.num_classes": "9"}, ["data.num_classes: 9", "has 10 classes"]),
         ({"data.image_size": "28"}, ["data.image_size", "28"]),
-        ({"engine.kind": "deepspeed"}, ["engine.kind: deepspeed", "ddp would be right"]),
+        ({"engine.kind": "deepspeed", "train.precision": "fp16"}, ["train.precision: fp16", "bf16 or fp32"]),
         ({"model.checkpoint": "nowhere.pth"}, ["model.checkpoint: nowhere.pth: no such file"]),
         ({"cluster.gpus_per_worker": "1"}, ["cluster.gpus_per_worker: 1", "no GPU"]),
         ({"cluster.storage": "nosuchscheme://x"}, ["cluster.storage", "nosuchscheme"]),
