@@ -100,13 +100,19 @@ def swa_first_step(start_epoch: float, num_samples: int, batch_size: int) -> int
     return max(1, -int(-start_epoch * num_samples // batch_size))
 
 
-def restate(objective: Objective, classifier: Classifier, recipe: Recipe, rank: Rank) -> None:
+def restate(
+    objective: Objective,
+    classifier: Classifier,
+    recipe: Recipe,
+    rank: Rank,
+    beat: Callable[[], None] = lambda: None,
+) -> None:
     """Measure the statistics of an averaged net's BatchNorms anew: a mean of weights has statistics of its own.
 
     Every rank calls it and ends with the same ones: sums over `train.norm_samples` training pictures, cropped and
     flipped as in training but neither mixed nor with RandAugment or colour jitter, joined exactly over the ranks. The
     clean branch sees clean pictures, the adv branch attacked ones; a net that isn't split sees of these what the method
-    trains it on.
+    trains it on. `beat` is called after every batch.
     """
     with norm_loader(recipe, rank) as (loader, shares), MeasuredNorms(classifier) as norms:
         for batch in loader.iterate(shares) if norms else ():
@@ -117,6 +123,7 @@ def restate(objective: Objective, classifier: Classifier, recipe: Recipe, rank: 
                     for branch, pixels in inputs.items():
                         with classifier.branch(branch):
                             classifier(pixels)
+            beat()
         norms.write(rank)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,17 +58,24 @@ class Scores:
         }
 
 
-def evaluate(classifier: Classifier, data: DataConfig, config: EvalConfig, rank: Rank) -> Scores:
+def evaluate(
+    classifier: Classifier,
+    data: DataConfig,
+    config: EvalConfig,
+    rank: Rank,
+    beat: Callable[[], None] = lambda: None,
+) -> Scores:
     """Evaluate on data.val with the attack that the section names; every rank calls it and gets the same scores.
 
-    `config.norm` and `config.eps` must be given (`eval_config` fills them from a recipe).
+    `config.norm` and `config.eps` must be given (`eval_config` fills them from a recipe). `beat` is called after every
+    batch.
     """
     assert config.norm is not None
     assert config.eps is not None
     attack = evaluation_attack(config)
     with val_loader(data, config.batch_size) as loader:
         shares = subset_shares(loader.num_samples, config, rank)
-        counts = count_correct(classifier, loader, shares, attack, rank.device)
+        counts = count_correct(classifier, loader, shares, attack, rank.device, beat)
     num_samples, num_clean, num_robust = rank.all_reduce(counts).tolist()
     return Scores(
         num_samples,
@@ -106,7 +113,12 @@ def subset_shares(num_samples: int, config: EvalConfig, rank: Rank) -> list[np.n
 
 
 def count_correct(
-    classifier: Classifier, loader: Loader, shares: Sequence[np.ndarray], attack: Attack | None, device: torch.device
+    classifier: Classifier,
+    loader: Loader,
+    shares: Sequence[np.ndarray],
+    attack: Attack | None,
+    device: torch.device,
+    beat: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Samples, those right on the clean picture, and those right on it and after the attack: int64 [3] of this rank.
 
@@ -121,6 +133,7 @@ def count_correct(
             pixels = to_pixels(images.to(device), classifier.dtype)
             right = verdicts(classifier, pixels, labels.to(device), keys.to(device), attack)
             counts += torch.stack([counts.new_tensor(len(labels)), *(verdict.sum() for verdict in right)])
+            beat()
     classifier.train(was_training)
     torch.backends.cudnn.allow_tf32 = tf32
     return counts

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from arat_dist.checkpoint import Checkpoint
 from arat_dist.engine import Rank
 from arat_dist.run import Run
 from arat_dist.step import StepResult
+from arat_dist.system import SystemMetrics, flat, slots
 
 T = TypeVar("T")
 TIMED = ("loader_wait", "compute", "checkpoint")
@@ -47,6 +49,9 @@ class MetricsLog:
         self._seconds: dict[str, float] = dict.fromkeys(TIMED, 0.0)
         self._unwritten: list[dict[str, Any]] = []
         self._check: Callable[[], None] = lambda: None
+        # One rank of each machine speaks for it.
+        local = run.folder.uri if run.storage.is_local else "."
+        self._system = SystemMetrics(local) if rank.local_index == 0 else None
         self._begin_line()
         if checkpoint is not None:
             self._take_up(checkpoint)
@@ -101,13 +106,16 @@ class MetricsLog:
             Of each of these steps whether it was taken, the same on all ranks.
         """
         assert self._sums is not None
-        joined = self._rank.all_reduce(torch.cat([self._sums, self._sums.new_tensor([self._line_images])]))
+        system = slots(self._num_nodes, self._rank.node, self._system and self._system.sample()).flatten()
+        own = torch.cat([self._sums, self._sums.new_tensor([self._line_images]), system.to(self._sums)])
+        joined = self._rank.all_reduce(own)
         shared = [*self._notes.values(), gradient_norm]
         # One transfer from the device for all.
         numbers = torch.cat([joined, torch.stack([v.double() for v in shared]), torch.stack(self._finite).double()])
         values = iter(numbers.tolist())
         sums = [next(values) for _ in self._names]
         num_samples, num_images = next(values), next(values)
+        machines = torch.tensor([next(values) for _ in system]).view(self._num_nodes, -1)
         notes = {name: next(values) for name in self._notes}
         norm, *finite = values
         self._num_skipped += finite.count(0.0)
@@ -126,6 +134,7 @@ class MetricsLog:
             "memory_mb": _peak_memory_mb(self._rank.device),
             # Shares of the host's time; on a GPU, which works on its own, the host waits where it needs a result.
             **{f"{name}_fraction": round(self._seconds[name] / elapsed, 4) for name in TIMED},
+            **flat(machines),
             **({"overflows": self._num_overflows} if self._num_overflows else {}),
             **({"skipped_steps": self._num_skipped} if self._num_skipped else {}),
         }
@@ -167,6 +176,11 @@ class MetricsLog:
             "train_images_per_second": speed and round(speed, 1),
             "losses": {k.removeprefix("loss_"): v for k, v in self._last.items() if k.startswith("loss")},
         }
+
+    @cached_property
+    def _num_nodes(self) -> int:
+        """Machines at work; every rank asks at its first line."""
+        return int(self._rank.gather(torch.tensor(self._rank.node, device=self._rank.device)).max()) + 1
 
     def _begin_line(self) -> None:
         self._names: list[str] = []

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -34,6 +34,7 @@ from arat_dist.optim import lr_at
 from arat_dist.run import Run
 from arat_dist.saving import Saver, capture, take_up
 from arat_dist.step import compute_gradients, micro_batches, part_sizes
+from arat_dist.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,12 @@ def train(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
 
 def train_once(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
     """`train`, until the gradient is no number too often."""
+    with watchdog(recipe, run, rank) as beat:
+        return train_watched(recipe, run, rank, beat)
+
+
+def train_watched(recipe: Recipe, run: Run, rank: Rank, beat: Callable[[], None]) -> dict[str, Any]:
+    """The story; `beat` is called after every step, and every batch of what takes longer than one."""
     settings = recipe.train
     torch.manual_seed(settings.seed)
     order = sample_order(recipe)
@@ -118,11 +125,11 @@ def train_once(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
                 objective.end_epoch(rank.all_reduce)
             if done == stop:
                 with engine.gathered():
-                    restate_all(objective, averages, recipe, rank)
+                    restate_all(objective, averages, recipe, rank, beat)
             about: dict[str, Any] = {}
             if evaluates := is_evaluation_due(recipe, order, step) and done < stop:
                 with engine.gathered():
-                    about = evaluate_now(objective, averages, recipe, rank)
+                    about = evaluate_now(objective, averages, recipe, rank, beat)
                 log.note({f"val_{name}": torch.tensor(value, device=rank.device) for name, value in about.items()})
             if done == stop or evaluates or is_due(done, settings.log_every):
                 skips.see(done, log.write(done, order.epochs_after(done), lr, gradient_norm))
@@ -137,11 +144,12 @@ def train_once(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
             if wish is Wish.STOP and done < stop:
                 saver.finish()
                 raise StoppedError(done)
+            beat()
         saver.finish()
 
     weights, classifier = result_of(objective, averages)
     with engine.gathered(), averaged_statistics(classifier, rank):
-        scores = evaluate(classifier, recipe.data, eval_config(recipe), rank)
+        scores = evaluate(classifier, recipe.data, eval_config(recipe), rank, beat)
     return {
         "epochs": settings.epochs,
         "steps": stop,
@@ -152,6 +160,20 @@ def train_once(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
         "checkpoint": run.checkpoints.path(checkpoint_names(run.checkpoints)[-1]) if rank.is_first else None,
         **log.summary(),
     }
+
+
+@contextmanager
+def watchdog(recipe: Recipe, run: Run, rank: Rank) -> Iterator[Callable[[], None]]:
+    """Inside, a rank that hangs is killed, so that it is restarted; gives what it has to call meanwhile.
+
+    Without workers nobody would restart it, and a debugger may hold it for as long as it likes.
+    """
+    limits = {"start_timeout_s": recipe.cluster.start_timeout_s, "step_timeout_s": recipe.cluster.step_timeout_s}
+    if recipe.cluster.workers == 0:
+        yield lambda: None
+        return
+    with Watchdog(run.folder, f"rank{rank.index}", **limits) as dog:
+        yield dog.beat
 
 
 def begin(run: Run, rank: Rank, **values: int) -> Callable[[], None]:
@@ -219,11 +241,13 @@ def update_averages(averages: Mapping[str, Average], engine: Engine, done: int) 
             average.update(engine.objective.classifier, done)
 
 
-def restate_all(objective: Objective, averages: Mapping[str, Average], recipe: Recipe, rank: Rank) -> None:
+def restate_all(
+    objective: Objective, averages: Mapping[str, Average], recipe: Recipe, rank: Rank, beat: Callable[[], None]
+) -> None:
     """Measure the norm statistics of every averaged net anew, at the end of the run."""
     for average in averages.values():
         if average.has_begun:
-            restate(objective, average.classifier, recipe, rank)
+            restate(objective, average.classifier, recipe, rank, beat)
 
 
 def result_of(objective: Objective, averages: Mapping[str, Average]) -> tuple[str, Classifier]:
@@ -238,7 +262,9 @@ def is_evaluation_due(recipe: Recipe, order: SampleOrder, step: int) -> bool:
     return every is not None and order.ends_epoch(step) and (order.epoch_of(step) + 1) % every == 0
 
 
-def evaluate_now(objective: Objective, averages: Mapping[str, Average], recipe: Recipe, rank: Rank) -> dict[str, float]:
+def evaluate_now(
+    objective: Objective, averages: Mapping[str, Average], recipe: Recipe, rank: Rank, beat: Callable[[], None]
+) -> dict[str, float]:
     """Clean and robust accuracy in the course of training, of the raw weights or their EMA.
 
     An average of weights that hasn't its norms' statistics measured, SWA's, says nothing yet.
@@ -248,7 +274,7 @@ def evaluate_now(objective: Objective, averages: Mapping[str, Average], recipe: 
         update={"attack": recipe.eval.every_attack, "limit": recipe.eval.every_limit}
     )
     with averaged_statistics(net, rank):
-        scores = evaluate(net, recipe.data, config, rank)
+        scores = evaluate(net, recipe.data, config, rank, beat)
     accuracies = {"clean_accuracy": scores.clean_accuracy, "robust_accuracy": scores.robust_accuracy}
     return {name: value for name, value in accuracies.items() if value is not None}
 
