@@ -27,10 +27,14 @@ class DivergedError(FloatingPointError):
     """
 
     def __init__(self, step: int, count: int):
-        super().__init__(
-            f"step {step}: the gradient has been no number in {count} steps in a row; a lower optim.lr would be a start"
+        super().__init__(step, count)  # what it is made from again on its way from a worker
+        self.step, self._count = step, count
+
+    def __str__(self) -> str:
+        return (
+            f"step {self.step}: the gradient has been no number in {self._count} steps in a row; "
+            "a lower optim.lr would be a start"
         )
-        self.step = step
 
 
 class BufferGuard:

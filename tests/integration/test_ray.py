@@ -258,10 +258,10 @@ def test_a_loss_that_is_no_number_ends_the_run_without_restarts(digits, tmp_path
         "optim.lr": "1e30",
         "train.max_steps": "30",
     }
-    with pytest.raises(FloatingPointError, match=r"^step \d+: (loss|gradient_norm) is (nan|inf)"):
+    with pytest.raises(FloatingPointError, match=r"^step \d+: the gradient has been no number in 10 steps in a row"):
         fit(load_recipe("digits", list(overrides.items())), "diverged", ignore)
     run = Run(str(tmp_path), "diverged")
-    assert run.num_attempts() == 1
+    assert run.num_attempts() == 2, "back to the newest checkpoint, or the beginning, once"
     assert run.summary() == {}
 
 
