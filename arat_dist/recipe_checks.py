@@ -11,7 +11,7 @@ from arat_dist.errors import UserError
 
 def check_fields(recipe: Recipe, source: str) -> None:
     """Refuse keys that don't go together (UserError); `source` names the recipe."""
-    faults = (_radius, _attack, _attack_course, _loss, _data, _image_sizes, _starts, _optim, _step, _train)
+    faults = (_radius, _attack, _attack_course, _loss, _data, _image_sizes, _starts, _optim, _step, _train, _cluster)
     for message in chain.from_iterable(find(recipe) for find in faults):
         raise UserError(f"{source}: {message}")
 
@@ -145,3 +145,9 @@ def _train(recipe: Recipe) -> Iterator[str]:
             f"train.swa_start_epoch: {train.swa_start_epoch:g}: less than train.epochs ({train.epochs}), or nothing is "
             "averaged"
         )
+
+
+def _cluster(recipe: Recipe) -> Iterator[str]:
+    cluster = recipe.cluster
+    if cluster.placement == "strict_spread" and cluster.address is None and cluster.max_workers > 1:
+        yield f"cluster.placement: strict_spread: goes with cluster.address, or with one worker, not {cluster.workers}"

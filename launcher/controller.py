@@ -144,9 +144,13 @@ class _Patience(ScalingPolicy):
         if leaving:
             logger.warning("%d of the machines are to go; the workers stop and start anew elsewhere", len(leaving))
             return ResizeDecision(self._size_without(leaving, worker_group_state), self._worker_resources)
-        return super().make_decision_for_running_worker_group(  # pyright: ignore[reportAbstractUsage]
+        decision = super().make_decision_for_running_worker_group(  # pyright: ignore[reportAbstractUsage]
             worker_group_state, worker_group_status
         )
+        if isinstance(decision, ResizeDecision):
+            before, after = worker_group_state.num_workers, decision.num_workers
+            logger.warning("room for %d workers, not %d; they stop and start anew in the other size", after, before)
+        return decision
 
     def _size_without(self, leaving: set[str], worker_group_state: Any) -> int:
         """Workers to go on with when some nodes have gone."""

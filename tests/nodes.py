@@ -138,10 +138,11 @@ class Machines:
 
     def drain(self, machine: Machine, seconds: int) -> None:
         """Tell Ray that a machine will go after so many seconds, as clouds do before they take one back."""
-        from ray._raylet import GcsClient
+        from ray._raylet import GcsClient  # pyright: ignore[reportAttributeAccessIssue]
         from ray.core.generated import autoscaler_pb2
 
-        reason = autoscaler_pb2.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        reasons: Any = autoscaler_pb2
+        reason = reasons.DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
         accepted, why = GcsClient(address=self.address).drain_node(
             machine.node_id, reason, "a test", int((time.time() + seconds) * 1000)
         )

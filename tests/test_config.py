@@ -105,6 +105,7 @@ def test_the_objective_picks_its_section():
 def test_world_size_counts_this_process():
     assert parse_recipe(tree_with(cluster__workers=0)).world_size == 1
     assert parse_recipe(tree_with(cluster__workers=4)).world_size == 4
+    assert parse_recipe(tree_with(cluster__workers=[2, 4])).world_size == 4
 
 
 # --- the resolved recipe
@@ -337,6 +338,16 @@ CLASHES = [
         ["train.global_batch_size: 7", "2 a worker (4)"],
         {"train__global_batch_size": 8},
     ),
+    Clash(
+        {"cluster__workers": [1, 4], "train__global_batch_size": 7},
+        ["train.global_batch_size: 7", "2 a worker (4)"],
+        {"cluster__workers": [1, 3]},
+    ),
+    Clash(
+        {"cluster__placement": "strict_spread", "cluster__workers": 2},
+        ["cluster.placement: strict_spread", "cluster.address"],
+        {"cluster__address": "10.0.0.1:6379"},
+    ),
     Clash({"data__crop_scale": [0, 1]}, ["data.crop_scale: [0.0, 1.0]", "above 0"], {"data__crop_scale": [0.1, 1]}),
     Clash({"data__crop_scale": [1, 0.5]}, ["data.crop_scale: [1.0, 0.5]", "smaller"], {"data__crop_scale": [0.5, 1]}),
     Clash(
@@ -365,6 +376,11 @@ def test_keys_must_fit_each_other(clash):
     for part in clash.says:
         assert part in message
     parse_recipe(tree_with(**clash.changes | clash.but))
+
+
+@pytest.mark.parametrize("workers", [[4, 1], [0, 2], [1], "1:4", -1])
+def test_workers_are_a_number_or_the_least_and_the_most(workers):
+    assert "cluster.workers: " in refusal(tree_with(cluster__workers=workers))
 
 
 # --- overrides

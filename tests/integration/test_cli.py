@@ -166,6 +166,7 @@ def test_a_name_that_is_no_folder_name_is_refused(name, tiny, capsys):
         ["data", "write", "digits:val", "x.beton", "--max-side", "65501"],
         ["data", "write", "digits:val", "x.beton", "--on-error", "ignore"],
         ["train", "digits", "--workers", "two"],
+        ["train", "digits", "--workers", "1:2:3"],
         ["export", "x", "y", "--format", "tflite"],
     ],
     ids=" ".join,
@@ -253,8 +254,9 @@ def test_weights_whose_classifier_does_not_fit_are_refused(digits, tmp_path, mon
 @pytest.mark.parametrize("recipe", ["digits", "imagenet_vit_small"])
 def test_a_printed_recipe_is_a_recipe_that_prints_itself(recipe, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["train", recipe, "--attack.eps", "3/255", "--workers", "3", "--print-config"]) == 0
+    assert main(["train", recipe, "--attack.eps", "3/255", "--workers", "2:3", "--print-config"]) == 0
     printed = capsys.readouterr().out
+    assert yaml.safe_load(printed)["cluster"]["workers"] == [2, 3]
     assert yaml.safe_load(printed)["attack"]["eps"] == 3 / 255
     Path("again.yaml").write_text(printed)
     assert main(["train", "again.yaml", "--print-config"]) == 0

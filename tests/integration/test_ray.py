@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from arat_dist.config import ClusterConfig, Recipe
 from arat_dist.data.beton_writer import write_beton
 from arat_dist.data.manifest import load_manifest
 from arat_dist.engine import Rank
-from arat_dist.errors import WorkersError
+from arat_dist.errors import ClusterError, StoppedError, UserError, WorkersError
 from arat_dist.preflight import check_recipe
 from arat_dist.recipe import load_recipe, recipe_names
 from arat_dist.run import Run
@@ -280,3 +281,61 @@ def test_a_workers_own_error_reaches_the_user(tmp_path):
         run_workers(by_value(fail_on_the_second), cluster, "failing")
     assert str(raised.value) == "the work failed on worker 1: LookupError: no such thing"
     assert "fail_on_the_second" in raised.value.tracebacks
+
+
+def find_a_full_disk(rank: Rank) -> None:
+    """The second rank can't go on; the first one waits for it in a collective."""
+    logging.getLogger("arat_dist").warning("attempt of %d", rank.index)
+    if rank.index == 1:
+        raise UserError("data.stage_to: /disk: full")
+    rank.all_reduce(torch.ones(1))
+
+
+def test_what_the_user_has_to_put_right_ends_the_run_though_one_worker_alone_meets_it(tmp_path, capfd):
+    cluster = ClusterConfig(workers=2, max_failures=3, storage=str(tmp_path))
+    with pytest.raises(UserError, match=r"^data\.stage_to: /disk: full$"):
+        run_workers(by_value(find_a_full_disk), cluster, "full")
+    said = "".join(capfd.readouterr())
+    assert said.count("attempt of 1") == 1
+    assert "Traceback" not in said
+
+
+def work_until_stopped(rank: Rank) -> None:
+    """Count the rounds, of a twentieth of a second, until any rank is asked to stop."""
+    pause = threading.Event()
+    for done in range(1, 10_000):
+        pause.wait(0.05)
+        if rank.all_reduce(torch.tensor([float(rank.stop_wanted())])).item():
+            raise StoppedError(done)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_work_stops_when_it_is_asked_to(workers, tmp_path):
+    stop = threading.Event()
+    threading.Timer(1, stop.set).start()
+    cluster = ClusterConfig(workers=workers, max_failures=0, storage=str(tmp_path))
+    with pytest.raises(StoppedError) as stopped:
+        run_workers(by_value(work_until_stopped), cluster, "stopped", stop)
+    assert stopped.value.step >= 1
+
+
+@pytest.mark.parametrize("workers", [2, (2, 3)])
+def test_workers_that_find_no_room_are_not_waited_for(workers, tmp_path):
+    cluster = ClusterConfig(workers=workers, placement="strict_spread", start_timeout_s=3, storage=str(tmp_path))
+    with pytest.raises(ClusterError) as raised:
+        run_workers(by_value(place), cluster, "crowded")
+    line = str(raised.value)
+    assert line.startswith("cluster.workers: 2: of 1 CPU each (placement strict_spread): no room for them in 3 s")
+    assert "\n" not in line
+
+
+def place(rank: Rank) -> list[float]:
+    """Index, machine and index on the machine of every rank, in turn."""
+    all_ranks = torch.zeros(rank.world_size, 3)
+    all_ranks[rank.index] = torch.tensor([rank.index, rank.node, rank.local_index])
+    return rank.all_reduce(all_ranks).flatten().tolist()
+
+
+def test_a_rank_knows_its_place_and_a_group_takes_the_room_there_is(tmp_path):
+    cluster = ClusterConfig(workers=(1, 2), storage=str(tmp_path))
+    assert run_workers(by_value(place), cluster, "elastic") == [0, 0, 0, 1, 0, 1]

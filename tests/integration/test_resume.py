@@ -1,6 +1,7 @@
 """A run that is killed or interrupted goes on, and ends as if nothing had happened."""
 
 import json
+import re
 import signal
 import subprocess
 import time
@@ -82,20 +83,41 @@ def uninterrupted(command) -> dict:
 
 @pytest.fixture(scope="module")
 def troubled(command) -> dict:
-    """The driver is killed outright, the next one interrupted, the third comes to the end."""
+    """The driver is killed outright, the next one interrupted, the third told to stop, the fourth comes to the end."""
     status, _ = stop_after_a_checkpoint(command, "troubled", signal.SIGKILL)
     assert status == -signal.SIGKILL
     status, err = stop_after_a_checkpoint(command, "troubled", signal.SIGINT)
     assert status == 1, err
     assert err.splitlines()[-1] == "arat: interrupted; the same command goes on where it stopped"
     assert "Traceback" not in err
+    status, err = stop_after_a_checkpoint(command, "troubled", signal.SIGTERM)
+    check_stopped(command, status, err)
     return to_the_end(command, "troubled")
 
 
+def check_stopped(command: list[str], status: int, err: str, name: str = "troubled") -> None:
+    """One line says at which step it stopped, and there is its checkpoint."""
+    assert status == 1, err
+    last = re.fullmatch(r"arat: stopped at step (\d+); the same command goes on", err.splitlines()[-1])
+    assert last, err
+    assert "Traceback" not in err
+    newest = max(whole_checkpoints(command, name))
+    assert newest.parent.name == f"step_{int(last[1]):08d}"
+
+
+def test_sigterm_stops_the_work_in_this_process_too(command):
+    alone = [*command[:-1], "--workers=0", "--train.checkpoint_every=40", "--name"]
+    status, err = stop_after_a_checkpoint(alone, "alone", signal.SIGTERM)
+    check_stopped(command, status, err, "alone")
+
+
 def test_it_went_on_rather_than_started_anew(command, troubled):
-    first, second, third = lines(storage_of(command) / "troubled/attempts.jsonl")
-    assert 0 == first["step"] < second["step"] < third["step"] < NUM_STEPS
-    assert troubled["restarts"] == 2
+    steps = [attempt["step"] for attempt in lines(storage_of(command) / "troubled/attempts.jsonl")]
+    assert steps[0] == 0
+    assert steps == sorted(set(steps))
+    assert steps[-1] < NUM_STEPS
+    assert len(steps) == 4
+    assert troubled["restarts"] == 3
 
 
 def test_it_has_seen_as_much(troubled, uninterrupted):
@@ -106,8 +128,8 @@ def test_it_has_seen_as_much(troubled, uninterrupted):
 
 def test_every_line_of_metrics_is_there_once_with_the_same_values(command, troubled, uninterrupted):
     calm, rough = (lines(storage_of(command) / name / "metrics.jsonl") for name in ("calm", "troubled"))
-    # Every second step, and where a checkpoint is written.
-    assert [line["step"] for line in rough] == sorted({*range(2, NUM_STEPS + 1, 2), *range(5, NUM_STEPS + 1, 5)})
+    # Checkpoints are amid the lines: what a line is about survives a stop within it.
+    assert [line["step"] for line in rough] == list(range(2, NUM_STEPS + 1, 2))
     assert [line["loss"] for line in rough] == [line["loss"] for line in calm]
     times = [line["time_s"] for line in rough]
     assert times == sorted(times)

@@ -103,6 +103,7 @@ class Driver:
 
     def times(self, since: float) -> dict[str, str]:
         """When a failure was seen and when the work went on, in seconds after it was done."""
+        time.sleep(0.5)  # what was written just now has to be seen first
         seen = [when for line, when in self.first_seen.items() if "anew" in line and when > since]
         attempts = [when for line, when in self.first_seen.items() if line.startswith("attempt") and when > since]
         return {

@@ -44,26 +44,22 @@ def check_whole(driver: Driver, summary: dict[str, Any], num_steps: int = NUM_ST
     steps = driver.steps()
     assert steps == sorted(set(steps))
     assert set(range(2, num_steps + 1, 2)) <= set(steps)
-    # The work went on from a step that was done, every time.
-    for attempt in driver.lines("attempts.jsonl")[1:]:
-        assert attempt["step"] in {0, *steps}
 
 
-def check_equal(driver: Driver, calm: Driver) -> None:
-    """The same weights, bit for bit, and the same losses, as without the failure."""
+def check_equal(driver: Driver, calm: Driver, record: Callable[[str, object], None]) -> None:
+    """The same weights, bit for bit, and the same losses, as without the failure: so no sample more and none less."""
     ours, theirs = driver.weights(), calm.weights()
     assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []
     losses = [{line["step"]: line["loss"] for line in each.lines("metrics.jsonl")} for each in (driver, calm)]
-    assert losses[0].keys() >= losses[1].keys()
-    assert {step: losses[0][step] for step in losses[1]} == losses[1]
+    assert losses[0] == losses[1]
+    record("samples lost or seen twice", "0 and 0")
+    record("final state", "equal")
 
 
-def note(record: Callable[[str, object], None], driver: Driver, since: float, state: str) -> None:
+def note_times(record: Callable[[str, object], None], driver: Driver, since: float) -> None:
     """For the line at the end: what belongs in a table of failures."""
     for key, value in driver.times(since).items():
         record(key, value)
-    record("samples lost or seen twice", "0 and 0")
-    record("final state", state)
 
 
 def test_a_machine_dies_without_grace(machines: Machines, start: Start, record_property):
@@ -76,11 +72,11 @@ def test_a_machine_dies_without_grace(machines: Machines, start: Start, record_p
     since = time.time()
     machines.kill(dying)
     summary = driver.summary()
-    note(record_property, driver, since, "equal")
+    note_times(record_property, driver, since)
     assert summary["restarts"] >= 1
     assert driver.lines("attempts.jsonl")[-1]["step"] >= 20
     check_whole(driver, summary)
-    check_equal(driver, calm)
+    check_equal(driver, calm, record_property)
 
 
 def test_the_network_of_a_machine_fails(machines: Machines, start: Start, record_property):
@@ -94,10 +90,10 @@ def test_the_network_of_a_machine_fails(machines: Machines, start: Start, record
     since = time.time()
     machines.unplug(lonely)
     summary = driver.summary()
-    note(record_property, driver, since, "equal")
+    note_times(record_property, driver, since)
     assert summary["restarts"] >= 1
     check_whole(driver, summary)
-    check_equal(driver, calm)
+    check_equal(driver, calm, record_property)
     # Cut off from the others, its workers end by themselves: nobody could tell them to.
     deadline = time.monotonic() + 120
     while (left := [line for line in lonely.processes().values() if "RayTrainWorker" in line]) and (
@@ -124,12 +120,12 @@ def test_a_machine_is_to_go(machines: Machines, start: Start, record_property):
     assert not any("RayTrainWorker" in line for line in leaving.processes().values())
     machines.kill(leaving)
     summary = driver.summary()
-    note(record_property, driver, since, "equal")
+    note_times(record_property, driver, since)
     assert len(before) == 2
     # Checkpoints on schedule are far apart: this one was written because of the notice.
     assert before[1]["step"] >= 24
     check_whole(driver, summary)
-    check_equal(driver, calm)
+    check_equal(driver, calm, record_property)
 
 
 def test_the_group_shrinks_and_grows(machines: Machines, start: Start, record_property):
@@ -156,15 +152,16 @@ def test_the_group_shrinks_and_grows(machines: Machines, start: Start, record_pr
     driver.wait_for_step(driver.lines("attempts.jsonl")[1]["step"] + 20)
     since = time.time()
     machines.add(1)
+    driver.wait_for(lambda: "other size" in driver.stderr, "the wish to grow")
+    grown_at = max(driver.steps())
     driver.wait_for_attempt(3)
     record_property("grown: resumed after", driver.times(since)["resumed after"])
     summary = driver.summary()
     sizes = [attempt["world_size"] for attempt in driver.lines("attempts.jsonl")]
     record_property("sizes", sizes)
     assert sizes == [2, 1, 2]
-    third = driver.lines("attempts.jsonl")[2]
-    # The step before was the last one of the smaller group: the checkpoint isn't one of every fiftieth step.
-    assert third["step"] in driver.steps()
+    # It goes on where the smaller group stopped, not at the newest checkpoint of every fiftieth step.
+    assert driver.lines("attempts.jsonl")[2]["step"] >= grown_at
     check_whole(driver, summary, num_steps)
 
 
