@@ -2,8 +2,8 @@
 
 python benchmarks/outage.py [--rounds 5] [--steps 150]
 
-The training runs in this very process (--workers 0), where the mirror's thread costs most; a line is logged every second
-step. The four states take turns; the first round warms up and isn't counted, nor are a run's first 20 steps.
+The training runs in this very process (--workers 0), where the mirror's thread costs most; a line is logged every
+second step. The four states take turns; the first round warms up and isn't counted, nor are a run's first 20 steps.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def start_server(folder: Path, port: int) -> subprocess.Popen:
     process = subprocess.Popen(command, env=env, stdout=quiet, stderr=quiet, start_new_session=True)
     while True:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):  # noqa: S310  our own
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
                 return process
         except OSError:
             time.sleep(0.2)
