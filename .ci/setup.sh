@@ -16,6 +16,12 @@ install_system_packages() { # names of Debian packages
     if [ "$(id -u)" -ne 0 ]; then sudo=sudo; fi
     say "installing system packages: $*"
     log=$(mktemp)
+    # Tests start PostgreSQL by themselves: Debian's package need not.
+    case " $* " in *" postgresql "*)
+        $sudo mkdir -p /etc/postgresql-common/createcluster.d
+        echo 'create_main_cluster = false' | $sudo tee /etc/postgresql-common/createcluster.d/arat.conf >/dev/null
+        ;;
+    esac
     # A machine that has just been started may still hold apt's lock for its own updates.
     if ! { $sudo apt-get update -q &&
         $sudo env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=300 install -qy --no-install-recommends "$@"; } \
@@ -49,6 +55,7 @@ list_missing_packages() {
     "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
         echo "python$version-dev"
     "$python" -c 'import ensurepip' 2>/dev/null || echo "python$version-venv"
+    ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || echo postgresql
 }
 
 find_python

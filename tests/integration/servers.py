@@ -90,11 +90,11 @@ class Postgres:
     def log(self) -> str:
         return (self.folder / "log").read_text()
 
-    def query(self, sql: str, *values: object) -> list[tuple]:
+    def query(self, sql: str) -> list[tuple]:
         """Ask the database itself, not MLflow."""
         connection = psycopg2.connect(host="127.0.0.1", port=self.port, user="arat", dbname="postgres")
         with contextlib.closing(connection), connection, connection.cursor() as cursor:
-            cursor.execute(sql, values)
+            cursor.execute(sql)
             return cursor.fetchall()
 
     def kill(self) -> None:
