@@ -17,7 +17,9 @@ from arat_dist.data.loader import Batch
 from arat_dist.data.order import SampleOrder
 from arat_dist.engine import Engine, Rank, build_engine
 from arat_dist.objectives import Objective, build_objective
+from arat_dist.objectives.base import Output
 from arat_dist.step import compute_gradients, micro_batches
+from arat_dist.train import diagnose
 
 BATCH = 10  # dealt to two ranks as 6 and 4
 STEPS = 20
@@ -198,6 +200,18 @@ def precise(stage: int | None, rank: Rank) -> dict[str, Tensor]:
     return step(engine, rank, 0)[0]
 
 
+def looked_into(stage: int | None, rank: Rank) -> dict[str, Tensor]:
+    """With activation checkpointing, and the diagnostics' own backward passes through the step's graph."""
+    engine = engine_of("vit", stage, SGD, rank, train={"grad_checkpointing": True})
+    found: dict[str, Tensor] = {}
+
+    def inspect(out: Output, share: float) -> None:
+        found.update(diagnose(engine.objective, out.terms, share, rank))
+
+    compute_gradients(engine, [share_of(rank, 0)], rank.world_size / BATCH, lambda: None, inspect)
+    return found | {"norm": engine.step()}
+
+
 def run_all(rank: Rank) -> dict[str, Any]:
     stages: tuple[int | None, ...] = (None, *STAGES)
     pictures: dict[int, list[Tensor]] = {}
@@ -205,12 +219,16 @@ def run_all(rank: Rank) -> dict[str, Any]:
         "follow": {net: follow(net, rank) for net in NETS},
         "handed_on": {optim.name: handed_on(optim, rank) for optim in (SGD, ADAMW)},
         "trials": {stage: trials(stage, rank, pictures) for stage in stages},
+        "looked_into": {stage: looked_into(stage, rank) for stage in (None, 0, 1, 2)},
         "precise": {stage: precise(stage, rank) for stage in stages},
     }
 
 
 def run_alone(rank: Rank) -> dict[Any, Any]:
-    return {stage: step(engine_of("resnet", stage, SGD, rank), rank, 0)[0] for stage in (None, 2, 3)}
+    result = {stage: step(engine_of("resnet", stage, SGD, rank), rank, 0)[0] for stage in (None, 2, 3)}
+    engine = engine_of("resnet", 2, SGD, rank)
+    engine.objective.compile_backbones({BATCH})
+    return result | {"compiled": step(engine, rank, 0)[0]}
 
 
 @pytest.fixture(scope="module")
@@ -282,6 +300,14 @@ def test_weights_are_whole_inside_and_the_next_step_is_right(two, stage):
             close(got["next"][name], value, f"next {name}", 1e-4)
 
 
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_activation_checkpointing_and_diagnostics(two, stage):
+    expected = two[0]["looked_into"][None]
+    assert {"gradient_cosine", "norm"} < expected.keys() == two[0]["looked_into"][stage].keys()
+    for name, value in expected.items():
+        close(two[0]["looked_into"][stage][name], value, name, 1e-3)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_bf16_with_synchronised_norms(two, stage):
     for name, value in two[0]["precise"][None].items():
@@ -294,3 +320,4 @@ def test_one_rank_alone(tmp_path):
     for stage in (2, 3):
         for name, value in alone[None].items():
             close(alone[stage][name], value, name, 1e-4)
+    close(alone["compiled"]["loss"], alone[None]["loss"], "compiled", 1e-2)
