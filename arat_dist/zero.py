@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
 
 from arat_dist.config import OptimConfig
 from arat_dist.engine import Held, Rank, like_parameter
@@ -105,9 +106,9 @@ class DeepSpeedEngine:
             # Each rank has its part of the whole; squares of float32 would overflow.
             norm = self._rank.all_reduce(norm.double().square()).sqrt().to(norm.dtype)
         if self._clip_norm is not None:
-            torch._foreach_mul_(  # pyright: ignore[reportPrivateImportUsage] - as clip_grads_with_norm_ does
-                gradients, (self._clip_norm / (norm + 1e-6)).clamp(max=1.0)
-            )
+            # Never by NaN: ZeRO-3 keeps these tensors, and writes nothing to the padding at their end ever after.
+            factor = (self._clip_norm / (norm + 1e-6)).clamp(max=1.0).nan_to_num(0.0)
+            torch._foreach_mul_(gradients, factor)  # pyright: ignore[reportPrivateImportUsage] - as torch clips
         # The fused kernels look at it and leave everything as it is; the weights are then gathered as they were.
         self._base.found_inf = norm.isfinite().logical_not().float()  # pyright: ignore[reportAttributeAccessIssue]
         self._engine.step()
@@ -160,7 +161,9 @@ class DeepSpeedEngine:
             for key, value in self._base.state[shard].items():
                 if self._stage and value.shape == shard.shape:
                     whole = safe_get_full_optimizer_state(parameter, key)
-                    entry[key] = whole.cpu() if self._rank.is_first else None
+                    assert whole is not None
+                    if self._rank.is_first:
+                        entry[key] = whole.cpu()
                 else:
                     entry[key] = value
             result[name] = entry
@@ -282,7 +285,7 @@ def _import_deepspeed(rank: Rank) -> Any:
     if not dist.is_initialized():
         assert rank.world_size == 1, "the launcher makes the process group of several ranks"
         backend = "nccl" if rank.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     import deepspeed
     import deepspeed.ops
 
