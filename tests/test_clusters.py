@@ -33,7 +33,7 @@ KUBERAY = {
 
 def check_fields(value: dict[str, Any], kind: str) -> None:
     """Every key is a field of the object, down to what Kubernetes defines."""
-    fields = dict(field.partition(":")[::2] for field in KUBERAY[kind].split())
+    fields = {name: held for name, _, held in (field.partition(":") for field in KUBERAY[kind].split())}
     assert value.keys() <= fields.keys(), kind
     for key, inner in value.items():
         held = fields[key]
