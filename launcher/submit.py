@@ -220,7 +220,7 @@ def _refusals(address: str) -> Iterator[None]:
     try:
         yield
     except AuthenticationError as error:
-        what = "missing" if "required" in error.message else "not the cluster's"
+        what = "not the cluster's" if "invalid" in error.message else "missing"
         raise UserError(
             f"RAY_AUTH_TOKEN: {what}: {address} wants its own token, in this variable or in ~/.ray/auth_token"
         ) from None
