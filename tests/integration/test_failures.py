@@ -101,9 +101,10 @@ def test_a_stopped_worker_is_noticed_and_replaced(digits, tmp_path, calm):
 
 def train_with_a_bad_disk(recipe: Recipe, storage: str, marker: str, rank: Rank) -> dict[str, Any]:
     """The loader of one rank fails once, in the midst of an epoch."""
-    from arat_dist.data.beton import BetonLoader
+    from arat_dist.data import beton
 
-    fill = BetonLoader._fill
+    loader: Any = beton.BetonLoader
+    fill = loader._fill
 
     def failing(self: Any, memory: Any, side_at: Any, at: int, *args: Any) -> Any:
         if rank.index == 1 and at == 9 and not Path(marker).exists():
@@ -111,11 +112,11 @@ def train_with_a_bad_disk(recipe: Recipe, storage: str, marker: str, rank: Rank)
             raise OSError(5, "Input/output error")
         return fill(self, memory, side_at, at, *args)
 
-    BetonLoader._fill = failing
+    loader._fill = failing
     try:
         return train(recipe, Run(storage, "bad-disk"), rank)
     finally:
-        BetonLoader._fill = fill
+        loader._fill = fill
 
 
 def test_a_loaders_error_costs_a_restart(digits, tmp_path, calm):
@@ -133,9 +134,10 @@ def test_a_loaders_error_costs_a_restart(digits, tmp_path, calm):
 
 def train_with_a_fault(recipe: Recipe, storage: str, rank: Rank) -> dict[str, Any]:
     """Steps 6 to 8 have a loss that is no number on one rank, the first time that they are taken."""
-    from arat_dist.objectives.base import Objective
+    from arat_dist.objectives import base
 
-    forward, begin_step = Objective.forward, Objective.begin_step
+    method: Any = base.Objective
+    forward, begin_step = method.forward, method.begin_step
     calls = 0
 
     def counting(self: Any, epoch: float) -> None:
@@ -149,11 +151,11 @@ def train_with_a_fault(recipe: Recipe, storage: str, rank: Rank) -> dict[str, An
         out = forward(self, *args)
         return replace(out, loss=out.loss * float("nan")) if rank.index == 1 and 6 <= calls <= 8 else out
 
-    Objective.forward, Objective.begin_step = faulty, counting
+    method.forward, method.begin_step = faulty, counting
     try:
         return train(recipe, Run(storage, "faulty"), rank)
     finally:
-        Objective.forward, Objective.begin_step = forward, begin_step
+        method.forward, method.begin_step = forward, begin_step
 
 
 def test_a_loss_that_is_no_number_on_one_worker_leads_back_to_a_good_checkpoint(digits, tmp_path, calm):
