@@ -172,19 +172,20 @@ def test_a_loss_that_is_no_number_on_one_worker_leads_back_to_a_good_checkpoint(
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "cut short"])
-def test_a_damaged_newest_checkpoint_is_passed_over(digits, tmp_path, calm, damage, caplog):
-    recipe = recipe_of(digits, tmp_path, **{"train.max_steps": "18"})
-    fit(recipe, "damaged", lambda _: None)
+def test_a_damaged_newest_checkpoint_is_passed_over(digits, tmp_path, damage):
+    alone = {"cluster.workers": "0"}
+    fit(recipe_of(digits, tmp_path, **alone), "whole", lambda _: None)
+    fit(recipe_of(digits, tmp_path, **alone, **{"train.max_steps": "18"}), "damaged", lambda _: None)
     run = Run(str(tmp_path), "damaged")
     file = Path(run.checkpoints.path("step_00000018/model.safetensors"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(bytes(content) if damage == "flipped bit" else bytes(content[: len(content) // 2]))
     run.folder.delete("summary.json")
-    fit(recipe_of(digits, tmp_path), "damaged", lambda _: None)
+    fit(recipe_of(digits, tmp_path, **alone), "damaged", lambda _: None)
     attempts = [json.loads(line) for line in run.folder.read("attempts.jsonl").splitlines()]
     assert [attempt["step"] for attempt in attempts] == [0, 16]
-    check_equal(run, calm)
+    check_equal(run, Run(str(tmp_path), "whole"))
 
 
 @pytest.fixture
@@ -241,12 +242,12 @@ folder, die_at = Storage(sys.argv[1]), int(sys.argv[2])
 calls = 0
 
 def dying(operation):
-    def call(*args):
+    def call(*args, **keys):
         global calls
         if calls == die_at:
             os.kill(os.getpid(), 9)
         calls += 1
-        return operation(*args)
+        return operation(*args, **keys)
     return call
 
 os.replace, os.unlink, os.fsync = dying(os.replace), dying(os.unlink), dying(os.fsync)
