@@ -21,6 +21,7 @@ def train(digits: Path, folder: Path, name: str, steps: int, engine: str, worker
         "train.checkpoint_every": "2",
         "train.sync_norms": "true",
         "train.ema_decay": "0.9",
+        "optim.lr": "0.001",  # small enough for runs whose sums round differently to stay together
         "engine.kind": kind,
         "engine.zero_stage": stage or "2",
         "cluster.workers": str(workers),
@@ -64,7 +65,7 @@ def test_a_run_goes_on_under_other_engines_and_with_other_workers(digits, tmp_pa
     assert [summary["restarts"] for summary in summaries] == [0, 1, 2]
     expected, got = newest(tmp_path, "ddp"), newest(tmp_path, "moving")
     assert got.weights["model"].keys() == expected.weights["model"].keys()
-    # Roughly: attacks in float32 differ by a few pixels' signs. Momentum that got lost would be seen.
+    # Roughly: attacks in float32 differ by a few pixels' signs. Momentum that got lost would be two thirds of it.
     for name, entry in expected.optimizer["state"].items():
         gap = got.optimizer["state"][name]["momentum_buffer"] - entry["momentum_buffer"]
         assert gap.norm() < 0.1 * entry["momentum_buffer"].norm() + 1e-3, name
