@@ -219,7 +219,7 @@ def _step_options(verb: argparse.ArgumentParser, *, batch_size: int, attack_step
     )
     verb.add_argument("--attack-steps", type=_positive, default=attack_steps, help=f"steps of PGD ({attack_steps})")
     verb.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="of the step (bf16)")
-    verb.add_argument("--workers", type=_workers, default=2, help="processes on this machine's CPU (2)")
+    verb.add_argument("--workers", type=_several, default=2, help="processes on this machine's CPU (2)")
     verb.add_argument("--repeats", type=_positive, default=5, help="rounds, of which medians are taken (5)")
     verb.epilog = "Recipe keys can be overridden, as in --model.args '{channels: [16, 32, 64, 128]}'."
 
@@ -264,7 +264,7 @@ def _workers(text: str) -> int | list[int]:
 
 
 _positive = partial(_in_range, least=1)
-_workers = partial(_in_range, least=2)
+_several = partial(_in_range, least=2)
 _count = partial(_in_range, least=0)
 _percent = partial(_in_range, least=1, most=100)
 _side = partial(_in_range, least=1, most=65_500)  # libjpeg's limit

@@ -151,11 +151,9 @@ def test_a_gradient_whose_norm_overflows_is_tried_at_half_the_scale():
     assert engine.loss_scale == 2.0**7
 
 
-def test_a_checkpoint_from_before_scales_were_kept_still_loads():
+def test_a_state_without_a_scale_leaves_the_own_one():
     engine = fp16_engine(2.0**8)
-    state = engine.state_dict()
-    del state["loss_scale"]
-    engine.load_state_dict(state)
+    engine.load_state_dict(engine.state_dict() | {"loss_scale": None})
     assert engine.loss_scale == 2.0**8
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
+from types import TracebackType
 from typing import Any
 
 from torch import is_grad_enabled, nn
@@ -50,7 +51,7 @@ class _Recomputed:
     def _contexts(self) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
         """Around the first run and around the second, which comes when the net may be in another branch."""
         classifier = self._classifier
-        return nullcontext(), self._again(classifier.current_branch, classifier.recorder.is_recording)
+        return nullcontext(), _Anew(partial(self._again, classifier.current_branch, classifier.recorder.is_recording))
 
     @contextmanager
     def _again(self, branch: Branch, is_recording: bool) -> Iterator[None]:
@@ -61,6 +62,22 @@ class _Recomputed:
                 # What is pooled goes nowhere, but autograd expects the same operations.
                 stack.enter_context(self._classifier.recorder.recording())
             yield
+
+
+class _Anew:
+    """A context that may be entered again once it was left: the diagnostics go through a graph several times."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[None]]):
+        self._make = make
+
+    def __enter__(self) -> None:
+        self._context = self._make()
+        self._context.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        return self._context.__exit__(kind, error, trace)
 
 
 @contextmanager

@@ -101,9 +101,10 @@ def test_a_stopped_worker_is_noticed_and_replaced(digits, tmp_path, calm):
 
 def train_with_a_bad_disk(recipe: Recipe, storage: str, marker: str, rank: Rank) -> dict[str, Any]:
     """The loader of one rank fails once, in the midst of an epoch."""
-    from arat_dist.data.beton import BetonLoader
+    from arat_dist.data import beton
 
-    fill = BetonLoader._fill
+    loader: Any = beton.BetonLoader
+    fill = loader._fill
 
     def failing(self: Any, memory: Any, side_at: Any, at: int, *args: Any) -> Any:
         if rank.index == 1 and at == 9 and not Path(marker).exists():
@@ -111,11 +112,11 @@ def train_with_a_bad_disk(recipe: Recipe, storage: str, marker: str, rank: Rank)
             raise OSError(5, "Input/output error")
         return fill(self, memory, side_at, at, *args)
 
-    BetonLoader._fill = failing
+    loader._fill = failing
     try:
         return train(recipe, Run(storage, "bad-disk"), rank)
     finally:
-        BetonLoader._fill = fill
+        loader._fill = fill
 
 
 def test_a_loaders_error_costs_a_restart(digits, tmp_path, calm):
@@ -133,9 +134,10 @@ def test_a_loaders_error_costs_a_restart(digits, tmp_path, calm):
 
 def train_with_a_fault(recipe: Recipe, storage: str, rank: Rank) -> dict[str, Any]:
     """Steps 6 to 8 have a loss that is no number on one rank, the first time that they are taken."""
-    from arat_dist.objectives.base import Objective
+    from arat_dist.objectives import base
 
-    forward, begin_step = Objective.forward, Objective.begin_step
+    method: Any = base.Objective
+    forward, begin_step = method.forward, method.begin_step
     calls = 0
 
     def counting(self: Any, epoch: float) -> None:
@@ -149,11 +151,11 @@ def train_with_a_fault(recipe: Recipe, storage: str, rank: Rank) -> dict[str, An
         out = forward(self, *args)
         return replace(out, loss=out.loss * float("nan")) if rank.index == 1 and 6 <= calls <= 8 else out
 
-    Objective.forward, Objective.begin_step = faulty, counting
+    method.forward, method.begin_step = faulty, counting
     try:
         return train(recipe, Run(storage, "faulty"), rank)
     finally:
-        Objective.forward, Objective.begin_step = forward, begin_step
+        method.forward, method.begin_step = forward, begin_step
 
 
 def test_a_loss_that_is_no_number_on_one_worker_leads_back_to_a_good_checkpoint(digits, tmp_path, calm):
@@ -170,19 +172,20 @@ def test_a_loss_that_is_no_number_on_one_worker_leads_back_to_a_good_checkpoint(
 
 
 @pytest.mark.parametrize("damage", ["flipped bit", "cut short"])
-def test_a_damaged_newest_checkpoint_is_passed_over(digits, tmp_path, calm, damage, caplog):
-    recipe = recipe_of(digits, tmp_path, **{"train.max_steps": "18"})
-    fit(recipe, "damaged", lambda _: None)
+def test_a_damaged_newest_checkpoint_is_passed_over(digits, tmp_path, damage):
+    alone = {"cluster.workers": "0"}
+    fit(recipe_of(digits, tmp_path, **alone), "whole", lambda _: None)
+    fit(recipe_of(digits, tmp_path, **alone, **{"train.max_steps": "18"}), "damaged", lambda _: None)
     run = Run(str(tmp_path), "damaged")
     file = Path(run.checkpoints.path("step_00000018/model.safetensors"))
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(bytes(content) if damage == "flipped bit" else bytes(content[: len(content) // 2]))
     run.folder.delete("summary.json")
-    fit(recipe_of(digits, tmp_path), "damaged", lambda _: None)
+    fit(recipe_of(digits, tmp_path, **alone), "damaged", lambda _: None)
     attempts = [json.loads(line) for line in run.folder.read("attempts.jsonl").splitlines()]
     assert [attempt["step"] for attempt in attempts] == [0, 16]
-    check_equal(run, calm)
+    check_equal(run, Run(str(tmp_path), "whole"))
 
 
 @pytest.fixture
@@ -239,12 +242,12 @@ folder, die_at = Storage(sys.argv[1]), int(sys.argv[2])
 calls = 0
 
 def dying(operation):
-    def call(*args):
+    def call(*args, **keys):
         global calls
         if calls == die_at:
             os.kill(os.getpid(), 9)
         calls += 1
-        return operation(*args)
+        return operation(*args, **keys)
     return call
 
 os.replace, os.unlink, os.fsync = dying(os.replace), dying(os.unlink), dying(os.fsync)
