@@ -31,10 +31,10 @@ class StoppedError(Exception):
     """The training was asked to stop (`Rank.stop_wanted`), wrote a checkpoint and ended; the same on every rank.
 
     Args:
-        step: steps done, all of them in the checkpoint.
+        step: steps done, all of them in the checkpoint; None: no worker was running, whatever there is stays.
     """
 
-    def __init__(self, step: int):
+    def __init__(self, step: int | None):
         super().__init__(step)
         self.step = step
 

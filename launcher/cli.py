@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"arat: interrupted; the same command {goes_on}", file=sys.stderr)
         return FAILED
     except StoppedError as error:
-        print(f"arat: stopped at step {error.step}; the same command goes on", file=sys.stderr)
+        where = "before the workers ran" if error.step is None else f"at step {error.step}"
+        print(f"arat: stopped {where}; the same command goes on", file=sys.stderr)
         return FAILED
     except ClusterError as error:
         print(f"arat: {error}", file=sys.stderr)

@@ -81,7 +81,7 @@ def run_workers(
     connect(cluster)
     from ray.train import ControllerError, WorkerGroupError
 
-    from launcher.controller import Stop, StoppedWaitingError
+    from launcher.controller import Stop
 
     # Runs resume from their own checkpoints, so each launch is a new one to Ray.
     name = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
@@ -91,9 +91,7 @@ def run_workers(
     except WorkerGroupError as error:
         raise _first_failure(error) from None
     except ControllerError as error:
-        if isinstance(error.controller_failure, StoppedWaitingError):
-            raise KeyboardInterrupt from None
-        if isinstance(error.controller_failure, ClusterError):
+        if isinstance(error.controller_failure, ClusterError | StoppedError):
             raise error.controller_failure from None
         raise
     finally:

@@ -30,7 +30,7 @@ from ray.train.v2._internal.execution.scaling_policy import (
 )
 
 from arat_dist.config import ClusterConfig
-from arat_dist.errors import ClusterError, UserError
+from arat_dist.errors import ClusterError, StoppedError, UserError
 
 _NAMESPACE = "arat"
 _POLL_S = 0.5
@@ -59,10 +59,6 @@ class Stop:
     def forget(self) -> None:
         """Leave nothing behind in a cluster that goes on."""
         internal_kv._internal_kv_del(self._key, namespace=_NAMESPACE)  # noqa: SLF001
-
-
-class StoppedWaitingError(Exception):
-    """The run was asked to end while it waited for room: no worker was there to be stopped."""
 
 
 class Trainer(TorchTrainer):
@@ -125,10 +121,10 @@ class _Patience(ScalingPolicy):
 
         Raises:
             ClusterError: there was no room for cluster.start_timeout_s.
-            StoppedWaitingError: the driver doesn't want it any more.
+            StoppedError: the driver doesn't want it any more.
         """
         if self._stop.is_asked():
-            raise StoppedWaitingError
+            raise StoppedError(None)
         self._waits_since = self._waits_since or time.monotonic()
         if time.monotonic() - self._waits_since > self._cluster.start_timeout_s:
             raise ClusterError(no_room(self._cluster))

@@ -300,8 +300,9 @@ def test_what_the_user_has_to_put_right_ends_the_run_though_one_worker_alone_mee
     assert "Traceback" not in said
 
 
-def work_until_stopped(rank: Rank) -> None:
+def work_until_stopped(started: Path, rank: Rank) -> None:
     """Count the rounds, of a twentieth of a second, until any rank is asked to stop."""
+    started.touch()
     pause = threading.Event()
     for done in range(1, 10_000):
         pause.wait(0.05)
@@ -309,14 +310,32 @@ def work_until_stopped(rank: Rank) -> None:
             raise StoppedError(done)
 
 
+def set_when_there(stop: threading.Event, file: Path) -> None:
+    """Set the event once a file is there."""
+    pause = threading.Event()
+    while not file.exists():
+        pause.wait(0.1)
+    stop.set()
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_the_work_stops_when_it_is_asked_to(workers, tmp_path):
-    stop = threading.Event()
-    threading.Timer(1, stop.set).start()
+    stop, started = threading.Event(), tmp_path / "started"
+    threading.Thread(target=set_when_there, args=(stop, started), daemon=True).start()
     cluster = ClusterConfig(workers=workers, max_failures=0, storage=str(tmp_path))
     with pytest.raises(StoppedError) as stopped:
-        run_workers(by_value(work_until_stopped), cluster, "stopped", stop)
+        run_workers(partial(by_value(work_until_stopped), started), cluster, "stopped", stop)
+    assert stopped.value.step is not None
     assert stopped.value.step >= 1
+
+
+def test_a_wish_to_stop_ends_the_wait_for_room(tmp_path):
+    stop = threading.Event()
+    stop.set()
+    cluster = ClusterConfig(workers=2, placement="strict_spread", storage=str(tmp_path))
+    with pytest.raises(StoppedError) as stopped:
+        run_workers(by_value(place), cluster, "crowded", stop)
+    assert stopped.value.step is None
 
 
 @pytest.mark.parametrize("workers", [2, (2, 3)])
