@@ -163,7 +163,11 @@ class Machines:
             self._cluster.shutdown()
         with suppress(subprocess.CalledProcessError):
             _run("ip", "link", "del", self._bridge)
-        shutil.rmtree(self._folder, ignore_errors=True)
+        deadline = time.monotonic() + 30
+        while self._folder.exists() and time.monotonic() < deadline:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            time.sleep(0.2)  # what is about to end writes its last lines of log
+        assert not self._folder.exists(), f"{self._folder} can't be removed"
 
     def _kill_processes(self, machine: Machine) -> None:
         for pid in machine.processes():
