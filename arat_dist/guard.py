@@ -78,11 +78,13 @@ class SkipCounter:
         run: skipped.jsonl gets a line for each, with the samples of its batch.
         order: which samples those are.
         most: steps in a row that are too many.
+        last: number of the run's last step: more than one that leads up to it are too many as well.
         writes: whether this rank writes and speaks.
     """
 
-    def __init__(self, run: Run, order: SampleOrder, most: int, *, writes: bool):
-        self._run, self._order, self._most, self._writes = run, order, most, writes
+    def __init__(self, run: Run, order: SampleOrder, *, most: int, last: int, writes: bool):
+        self._run, self._order, self._writes = run, order, writes
+        self._most, self._last = most, last
         self._in_a_row = 0
 
     def see(self, done: int, finite: Sequence[bool]) -> None:
@@ -97,6 +99,8 @@ class SkipCounter:
                 self._tell(number)
             if self._in_a_row >= self._most:
                 raise DivergedError(number, self._in_a_row)
+        if done == self._last and self._in_a_row > 1:
+            raise DivergedError(done, self._in_a_row)
 
     def _tell(self, number: int) -> None:
         samples = (self._order.batch(number - 1) % self._order.num_samples).tolist()

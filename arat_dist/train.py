@@ -86,7 +86,7 @@ def train_watched(recipe: Recipe, run: Run, rank: Rank, beat: Callable[[], None]
     stop = max(start, num_steps(recipe))
     check_agreement(start, load_manifest(recipe.data.train), rank)
     log, guard = MetricsLog(run, rank, checkpoint), BufferGuard(objective)
-    skips = SkipCounter(run, order, min(settings.max_skipped_steps, stop), writes=rank.is_first)
+    skips = SkipCounter(run, order, most=settings.max_skipped_steps, last=stop, writes=rank.is_first)
     agreement = Agreement(rank, settings.checkpoint_minutes)
     check = begin(run, rank, step=start, num_steps=stop)
     log.write_only_if(check)

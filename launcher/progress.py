@@ -67,7 +67,8 @@ def describe(line: dict[str, Any]) -> str:
     accuracies = [
         f"{name} {line[f'{name}_accuracy']:.1%}" for name in ("clean", "robust") if f"{name}_accuracy" in line
     ]
-    return ", ".join([f"loss {line['loss']:.3f}", *accuracies, f"{line['images_per_second']:.0f} pictures/s"])
+    loss = f"loss {line['loss']:.3f}" if "loss" in line else "no step taken"
+    return ", ".join([loss, *accuracies, f"{line['images_per_second']:.0f} pictures/s"])
 
 
 def results_table(title: str, rows: list[tuple[str, dict[str, Any]]]) -> Table:
