@@ -442,7 +442,7 @@ def test_a_failure_is_status_1(tiny, capsys):
     assert main([*train_digits(tiny, optim__lr="1e20"), "--name", "nan"]) == 1
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.splitlines()[-1].startswith("arat: the training broke down: step 2: ")
+    assert err.splitlines()[-1].startswith("arat: the training broke down: step 6: ")
     assert not Path("runs/nan/summary.json").exists()
 
 
