@@ -12,8 +12,11 @@ from arat_dist.checkpoint import Checkpoint, load_newest
 from arat_dist.run import Run
 
 
-def train(digits: Path, folder: Path, name: str, steps: int, engine: str, workers: int) -> dict:
-    """`arat train` up to so many steps, of a new run or of one that ended earlier; its summary."""
+def train(digits: Path, folder: Path, name: str, steps: int, engine: str, workers: int, **keys: str) -> dict:
+    """`arat train` up to so many steps, of a new run or of one that ended earlier; its summary.
+
+    Keys of the recipe have two underscores for the dot.
+    """
     (folder / "runs" / name / "summary.json").unlink(missing_ok=True)
     kind, _, stage = engine.partition("-")
     overrides = tiny_overrides(digits, folder / "runs") | {
@@ -21,10 +24,10 @@ def train(digits: Path, folder: Path, name: str, steps: int, engine: str, worker
         "train.checkpoint_every": "2",
         "train.sync_norms": "true",
         "train.ema_decay": "0.9",
-        "optim.lr": "0.001",  # small enough for runs whose sums round differently to stay together
         "engine.kind": kind,
         "engine.zero_stage": stage or "2",
         "cluster.workers": str(workers),
+        **{key.replace("__", "."): value for key, value in keys.items()},
     }
     command = [ARAT, "train", "digits", "--name", name, "--json", *as_options(overrides)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
@@ -59,13 +62,15 @@ def test_a_run_that_is_taken_up_ends_as_one_that_was_not_broken_off(digits, tmp_
 
 
 def test_a_run_goes_on_under_other_engines_and_with_other_workers(digits, tmp_path):
-    train(digits, tmp_path, "ddp", 6, "ddp", 0)
-    course = [(2, "ddp", 2), (4, "deepspeed-3", 2), (6, "deepspeed-2", 0)]
-    summaries = [train(digits, tmp_path, "moving", *leg) for leg in course]
+    # Without attacks and with small steps; even so, runs of this net whose sums round differently part in a few steps.
+    keys = {"objective__name": "standard", "optim__lr": "0.001"}
+    train(digits, tmp_path, "ddp", 5, "ddp", 2, **keys)
+    course = [(2, "ddp", 2), (4, "deepspeed-3", 2), (5, "deepspeed-2", 0)]
+    summaries = [train(digits, tmp_path, "moving", *leg, **keys) for leg in course]
     assert [summary["restarts"] for summary in summaries] == [0, 1, 2]
     expected, got = newest(tmp_path, "ddp"), newest(tmp_path, "moving")
     assert got.weights["model"].keys() == expected.weights["model"].keys()
-    # Roughly: attacks in float32 differ by a few pixels' signs. Momentum that got lost would be two thirds of it.
     for name, entry in expected.optimizer["state"].items():
-        gap = got.optimizer["state"][name]["momentum_buffer"] - entry["momentum_buffer"]
-        assert gap.norm() < 0.1 * entry["momentum_buffer"].norm() + 1e-3, name
+        momentum = entry["momentum_buffer"]
+        # Momentum that got lost would be two thirds of it.
+        assert (got.optimizer["state"][name]["momentum_buffer"] - momentum).norm() < 0.1 * momentum.norm(), name
