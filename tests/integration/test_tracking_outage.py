@@ -16,6 +16,7 @@ import pytest
 from servers import MLflowServer, Postgres, bad_server, wait_for
 from small import marked_processes, tiny_overrides
 
+from arat_dist.metrics import TIMED
 from arat_dist.recipe import load_recipe
 from arat_dist.run import Run
 from launcher.cli import main
@@ -163,7 +164,7 @@ def test_a_worker_that_is_killed_and_computes_lines_again_leaves_each_step_once(
     assert summary["restarts"] == 1
     assert [line["step"] for line in lines_of(tmp_path)] == list(range(1, 201))
     # Steps are computed again to the same values, in another time.
-    timed = ("time_s", "images_per_second", "memory_mb", "loader_wait_fraction", "compute_fraction")
+    timed = ("time_s", "images_per_second", "memory_mb", *(f"{part}_fraction" for part in TIMED))
     system = {key for line in lines_of(tmp_path) for key in line if key.startswith("system/")}
     check_all_is_there(postgres.query, tmp_path, summary, but=(*timed, *system))
     ((steps,),) = postgres.query(f"SELECT t.value FROM tags t {of_the_run} t.key = 'arat.recomputed_steps'")
