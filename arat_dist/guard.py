@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -104,6 +105,7 @@ class SkipCounter:
 
     def _tell(self, number: int) -> None:
         samples = (self._order.batch(number - 1) % self._order.num_samples).tolist()
-        self._run.note_skipped(number, samples)
+        with suppress(OSError):  # a full disk stops nothing; the log has it
+            self._run.note_skipped(number, samples)
         named = ", ".join(map(str, samples[:_NAMED])) + (", ..." if len(samples) > _NAMED else "")
         logger.warning("step %d: the gradient is no number, the step was skipped; its samples: %s", number, named)

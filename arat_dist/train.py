@@ -58,6 +58,8 @@ def train(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
                 raise
             diverged_at = error.step
             logger.warning("%s; going back to the newest checkpoint", error)
+            # The first rank may still have written one: all look for the newest when it is there.
+            rank.all_reduce(torch.zeros(1, device=rank.device))
 
 
 def train_once(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
@@ -116,10 +118,10 @@ def train_watched(recipe: Recipe, run: Run, rank: Rank, beat: Callable[[], None]
                 parts = micro_batches(batch, settings.micro_batches, global_size, rank, augment)
                 reseed = partial(seed_step, settings.seed, step, rank)
                 look = inspect if is_due(done, recipe.track.diagnostics_every) else None
-                result = compute_gradients(engine, parts, rank.world_size / global_size, reseed, look)
+                out = compute_gradients(engine, parts, rank.world_size / global_size, reseed, look)
                 gradient_norm = engine.step()
                 guard.restore_unless(finite := gradient_norm.isfinite())
-            log.add(result, finite)
+            log.add(out, finite)
             update_averages(averages, engine, done)
             if order.ends_epoch(step):
                 objective.end_epoch(rank.all_reduce)
@@ -130,7 +132,8 @@ def train_watched(recipe: Recipe, run: Run, rank: Rank, beat: Callable[[], None]
             if evaluates := is_evaluation_due(recipe, order, step) and done < stop:
                 with engine.gathered():
                     about = evaluate_now(objective, averages, recipe, rank, beat)
-                log.note({f"val_{name}": torch.tensor(value, device=rank.device) for name, value in about.items()})
+                scores = {name: torch.tensor(value, dtype=torch.float64) for name, value in about.items()}
+                log.note({f"val_{name}": score.to(rank.device) for name, score in scores.items()})
             if done == stop or evaluates or is_due(done, settings.log_every):
                 skips.see(done, log.write(done, order.epochs_after(done), lr, gradient_norm))
             if wish or done == stop or is_due(done, settings.checkpoint_every, order.ends_epoch(step)):
@@ -149,13 +152,13 @@ def train_watched(recipe: Recipe, run: Run, rank: Rank, beat: Callable[[], None]
 
     weights, classifier = result_of(objective, averages)
     with engine.gathered(), averaged_statistics(classifier, rank):
-        scores = evaluate(classifier, recipe.data, eval_config(recipe), rank, beat)
+        result = evaluate(classifier, recipe.data, eval_config(recipe), rank, beat)
     return {
         "epochs": settings.epochs,
         "steps": stop,
         "samples_seen": sum(order.batch_size_at(step) for step in range(stop)),
         "world_size": rank.world_size,
-        **scores.summary(),
+        **result.summary(),
         "weights": weights,
         "checkpoint": run.checkpoints.path(checkpoint_names(run.checkpoints)[-1]) if rank.is_first else None,
         **log.summary(),

@@ -21,6 +21,7 @@ from arat_dist.config import Recipe
 from arat_dist.data.beton import BetonLoader
 from arat_dist.data.manifest import load_manifest
 from arat_dist.engine import DDPEngine, Rank, build_engine
+from arat_dist.errors import StoppedError, SupersededError
 from arat_dist.evaluate import eval_config, evaluate
 from arat_dist.guard import DivergedError
 from arat_dist.metrics import TIMED, MetricsLog
@@ -577,3 +578,63 @@ def test_a_run_is_evaluated_on_timms_centre_crop(sets: Sets, tmp_path, monkeypat
     known = timm.get_pretrained_cfg(recipe.model.name)
     assert known is not None
     assert crops == [known.crop_pct, 0.5]
+
+
+def test_checkpoints_by_the_clock_change_nothing_else(sets: Sets, tmp_path):
+    """With a limit that every step exceeds there is one after each; weights and lines are as without."""
+    seldom, _ = start(toy_recipe(sets, train={"log_every": 3}), tmp_path, "seldom")
+    often, _ = start(toy_recipe(sets, train={"log_every": 3, "checkpoint_minutes": 1e-9}), tmp_path, "often")
+    assert len(checkpoint_names(often.checkpoints)) == NUM_STEPS
+    assert len(checkpoint_names(seldom.checkpoints)) == 3
+    assert_equal(newest(often), newest(seldom))
+    assert comparable(often.metrics()) == comparable(seldom.metrics())
+
+
+def test_evaluations_in_the_course_of_training_name_the_best_checkpoint(sets: Sets, tmp_path):
+    recipe = toy_recipe(sets, eval={"every": 1, "every_attack": "pgd1", "every_limit": 20}, train={"log_every": 100})
+    run, _ = start(recipe, tmp_path)
+    plain, _ = start(toy_recipe(sets, train={"log_every": 100}), tmp_path, "plain")
+    assert_equal(newest(run), newest(plain))
+    lines = [line for line in run.metrics() if "val_robust_accuracy" in line]
+    assert [line["step"] for line in lines] == [6, 11]
+    for line in lines:
+        checkpoint = load_checkpoint(run.checkpoints / f"step_{line['step']:08d}")
+        assert checkpoint.robust_accuracy == line["val_robust_accuracy"]
+        # Counted anew from the weights.
+        objective = build_objective(recipe)
+        objective.load_state_dict(checkpoint.weights["model"])
+        config = eval_config(recipe).model_copy(update={"attack": "pgd1", "limit": 20})
+        scores = evaluate(objective.classifier, recipe.data, config, RANK)
+        assert (scores.num_samples, scores.robust_accuracy) == (20, line["val_robust_accuracy"])
+
+
+def test_a_start_that_others_have_followed_writes_nothing_more(sets: Sets, tmp_path, monkeypatch):
+    """As a process does that was cut off and comes back: neither a line nor a checkpoint."""
+    log, lines = Run.log, 0
+
+    def overtaken(self: Run, *values: dict[str, Any]) -> None:
+        nonlocal lines
+        log(self, *values)
+        lines += 1
+        if lines == 2:
+            self.begin_attempt(step=0)
+
+    monkeypatch.setattr(Run, "log", overtaken)
+    with pytest.raises(SupersededError, match="start 2 of this run is at work, this is start 1"):
+        start(toy_recipe(sets, train={"log_every": 2, "checkpoint_every": 1}), tmp_path)
+    run = Run(str(tmp_path), "run")
+    assert [line["step"] for line in run.metrics()] == [2, 4]
+    assert newest(run).step <= 4
+
+
+def test_a_wish_to_stop_writes_a_checkpoint_and_the_run_goes_on_as_if_nothing_had_been(sets: Sets, tmp_path):
+    recipe = toy_recipe(sets, train={"log_every": 3, "checkpoint_every": 1000})
+    whole, _ = start(recipe, tmp_path, "whole")
+    run, asked = Run(str(tmp_path), "stopped"), iter([False] * 4 + [True] * 99)
+    run.open(recipe, "a" * 64)
+    with pytest.raises(StoppedError) as stopped:
+        train(recipe, run, Rank(0, 1, torch.device("cpu"), stop_wanted=lambda: next(asked)))
+    assert stopped.value.step == newest(run).step == 5
+    train(recipe, run, RANK)
+    assert_equal(newest(run), newest(whole))
+    assert comparable(run.metrics()) == comparable(whole.metrics())
