@@ -20,7 +20,7 @@ from arat_dist.checkpoint import Checkpoint, checkpoint_names, load_checkpoint, 
 from arat_dist.config import Recipe
 from arat_dist.data.beton import BetonLoader
 from arat_dist.data.manifest import load_manifest
-from arat_dist.engine import DDPEngine, Rank, build_engine
+from arat_dist.engine import DDPEngine, Rank, build_engine, statistics_of
 from arat_dist.errors import StoppedError, SupersededError
 from arat_dist.evaluate import eval_config, evaluate
 from arat_dist.guard import DivergedError
@@ -30,7 +30,7 @@ from arat_dist.objectives.at import AT
 from arat_dist.objectives.base import Objective, Output
 from arat_dist.optim import lr_at
 from arat_dist.run import Run
-from arat_dist.saving import capture
+from arat_dist.saving import capture, take_up
 from arat_dist.train import check_agreement, num_steps, sample_order, train
 
 RANK = Rank(0, 1, torch.device("cpu"))
@@ -608,7 +608,8 @@ def test_evaluations_in_the_course_of_training_name_the_best_checkpoint(sets: Se
         assert (scores.num_samples, scores.robust_accuracy) == (20, line["val_robust_accuracy"])
 
 
-def test_a_start_that_others_have_followed_writes_nothing_more(sets: Sets, tmp_path, monkeypatch):
+@pytest.mark.parametrize("checkpoint_every", [1, 1000], ids=["at a checkpoint", "at a line"])
+def test_a_start_that_others_have_followed_writes_nothing_more(sets: Sets, tmp_path, monkeypatch, checkpoint_every):
     """As a process does that was cut off and comes back: neither a line nor a checkpoint."""
     log, lines = Run.log, 0
 
@@ -621,10 +622,23 @@ def test_a_start_that_others_have_followed_writes_nothing_more(sets: Sets, tmp_p
 
     monkeypatch.setattr(Run, "log", overtaken)
     with pytest.raises(SupersededError, match="start 2 of this run is at work, this is start 1"):
-        start(toy_recipe(sets, train={"log_every": 2, "checkpoint_every": 1}), tmp_path)
+        start(toy_recipe(sets, train={"log_every": 2, "checkpoint_every": checkpoint_every}), tmp_path)
     run = Run(str(tmp_path), "run")
     assert [line["step"] for line in run.metrics()] == [2, 4]
-    assert newest(run).step <= 4
+    assert max(checkpoint_names(run.checkpoints), default="") <= "step_00000004"
+
+
+def test_each_rank_gets_its_own_running_statistics_back(sets: Sets):
+    """At another number of ranks, all get the mean that the weights hold."""
+    recipe = toy_recipe(sets)
+    engine = build_engine(build_objective(recipe), recipe.engine, recipe.optim, RANK)
+    checkpoint = capture(1, engine, {}, RANK, {}, {})
+    assert checkpoint is not None
+    own = checkpoint.progress["statistics.model"]
+    mean = own[0].clone()
+    for rows, expected in ((own + 3, mean + 3), (torch.cat([own + 3, own - 3]), mean)):
+        take_up(replace(checkpoint, progress={"statistics.model": rows}), engine, {}, RANK)
+        assert torch.equal(statistics_of(engine.objective), expected)
 
 
 def test_a_wish_to_stop_writes_a_checkpoint_and_the_run_goes_on_as_if_nothing_had_been(sets: Sets, tmp_path):
