@@ -14,7 +14,7 @@ import io
 import json
 import logging
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +48,7 @@ class Checkpoint:
     progress: Mapping[str, Tensor] = field(default_factory=dict)
     """Small tensors with a row for each rank, [world_size, ...]: running statistics, the sums of an unfinished line."""
     about: Mapping[str, Any] = field(default_factory=dict)
-    """Plain values: hash of the run's recipe, the accuracies of the weights, counts of the log."""
+    """Plain values: hash of the run's recipe, its run in MLflow, the accuracies of the weights, counts of the log."""
 
     @property
     def robust_accuracy(self) -> float | None:
@@ -114,13 +114,22 @@ def _retire(folder: Storage, newest: str, keep: int) -> None:
 
 def best_checkpoint(folder: Storage) -> str | None:
     """Name of the checkpoint with the best robust accuracy, the newest of equals; None where none was measured."""
-    measured = []
-    for name in checkpoint_names(folder):
+    scores = {name: about.get("robust_accuracy") for name, about in _abouts(folder)}
+    measured = [(score, name) for name, score in scores.items() if score is not None]
+    return max(measured)[1] if measured else None
+
+
+def newest_about(folder: Storage) -> dict[str, Any]:
+    """What the newest checkpoint knows of the run and its weights; its other files aren't looked at."""
+    return next(iter(about for _, about in _abouts(folder)), {})
+
+
+def _abouts(folder: Storage) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Names and plain values of the checkpoints, newest first; those where they are damaged are left out."""
+    for name in reversed(checkpoint_names(folder)):
         with contextlib.suppress(DamagedError, ValueError):
             hashes = _read_manifest(folder / name)[1]
-            score = json.loads(_read_verified(folder / name, ABOUT, hashes.get(ABOUT, ""))).get("robust_accuracy")
-            measured += [] if score is None else [(score, name)]
-    return max(measured)[1] if measured else None
+            yield name, json.loads(_read_verified(folder / name, ABOUT, hashes.get(ABOUT, "")))
 
 
 def checkpoint_names(folder: Storage) -> list[str]:

@@ -11,8 +11,10 @@ from typing import Any
 
 import yaml
 
+from arat_dist.checkpoint import newest_about
 from arat_dist.config import ClusterConfig, Recipe
 from arat_dist.errors import SupersededError, UserError
+from arat_dist.lease import Lease, taken
 from arat_dist.recipe import parse_recipe
 from arat_dist.storage import Storage
 
@@ -22,6 +24,7 @@ SUMMARY = "summary.json"
 ATTEMPTS = "attempts.jsonl"
 SKIPPED = "skipped.jsonl"
 DATA = "data.json"
+MLFLOW = "mlflow.json"
 LOCK = ".lock"
 
 # What may differ between two launches of one run: nothing here changes a weight.
@@ -102,21 +105,20 @@ class Run:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keep the run to this process inside the context, on a local disk; the lock goes with the process.
+        """Keep the run to this process inside the context: by a lock that ends with the process, or by a lease.
 
         Raises:
             UserError: another process has it.
         """
         if not self.storage.is_local:
-            yield
+            with Lease(self.folder, self.name):
+                yield
             return
         with Path(self.folder.path(LOCK)).open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(
-                    f"--name: {self.name}: another process trains this run; its end, or another name, would be right"
-                ) from None
+                raise taken(self.name) from None
             yield
 
     def recipe(self) -> Recipe:
@@ -130,6 +132,17 @@ class Run:
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary: from now on the run is finished."""
         self.folder.write_json(SUMMARY, summary)
+
+    def mlflow(self) -> dict[str, Any]:
+        """What finds the run in MLflow: tracking_uri, token, start_ms and, once it is known, run_id; else empty.
+
+        Where its file is gone, as in a folder that was put together from its checkpoints, the newest of those has it.
+        """
+        return self.folder.read_json(MLFLOW) or newest_about(self.checkpoints).get("mlflow", {})
+
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint notes of the run that it belongs to."""
+        return {"mlflow": self.mlflow()}
 
     def begin_attempt(self, **values: object) -> int:
         """Note that the work starts or goes on: one line of attempts.jsonl each time; returns its number."""

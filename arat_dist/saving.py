@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from threading import Thread
 from typing import Any, Self, TypeVar
 
@@ -77,10 +78,13 @@ class Saver:
         folder: of the run's checkpoints.
         keep: newest ones that are kept.
         check: called before each file; what it raises is raised again in the training.
+        note: called before each checkpoint; gives further plain values for it.
     """
 
-    def __init__(self, folder: Storage, *, keep: int, check: Callable[[], None]):
-        self._folder, self._keep, self._check = folder, keep, check
+    def __init__(
+        self, folder: Storage, *, keep: int, check: Callable[[], None], note: Callable[[], Mapping[str, Any]] = dict
+    ):
+        self._folder, self._keep, self._check, self._note = folder, keep, check, note
         self._thread: Thread | None = None
         self._error: Exception | None = None
 
@@ -126,7 +130,8 @@ class Saver:
             if worthy is not None and not worthy.item():
                 return
             _refuse_no_numbers(checkpoint)
-            save_checkpoint(self._folder, checkpoint, keep=self._keep, check=self._check)
+            whole = replace(checkpoint, about={**checkpoint.about, **self._note()})
+            save_checkpoint(self._folder, whole, keep=self._keep, check=self._check)
         except Exception as error:  # noqa: BLE001 - the training goes on; `finish` and `submit` raise what matters
             self._error = error
             logger.warning("no checkpoint of step %d: %s; the one before is kept", checkpoint.step, error)

@@ -16,7 +16,7 @@ from typing import Any
 
 from arat_dist.config import Recipe
 from arat_dist.errors import TrackingError, UserError
-from arat_dist.run import Run
+from arat_dist.run import MLFLOW, Run
 
 # Read by MLflow at its import or at each call; what the user has set stays. By default one call to a server that is
 # down blocks for minutes: here it fails at once, or after the time-out in seconds, and the mirror comes back to it.
@@ -29,7 +29,6 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
-MLFLOW = "mlflow.json"
 TAG = "arat.token"
 """Tag of an MLflow run by which the run that it belongs to finds it again."""
 _PARAM_LENGTH = 500
@@ -158,7 +157,7 @@ class Replica:
         """The MLflow run. What finds it again is on the disk before it is created: an answer may be lost."""
         from mlflow.exceptions import MlflowException
 
-        notes = self._run.folder.read_json(MLFLOW)
+        notes = self._run.mlflow()
         if notes.get("tracking_uri") != self.uri:
             last = max((line["time_s"] for line in self._run.metrics()), default=0.0)
             start_ms = round(1000 * (time.time() - last))

@@ -103,7 +103,9 @@ def train_watched(recipe: Recipe, run: Run, rank: Rank, beat: Callable[[], None]
         sizes = set(part_sizes(len(full_share), settings.micro_batches))
         objective.compile_backbones(sizes, num_sides=len(recipe.data.training_sizes))
     with (
-        Saver(run.checkpoints, keep=settings.keep_checkpoints, check=check) as saver,
+        Saver(
+            run.checkpoints, keep=settings.keep_checkpoints, check=check, note=lambda: {"mlflow": run.mlflow()}
+        ) as saver,
         train_loader(recipe.data, settings.seed, order.largest_share(rank.world_size)) as loader,
     ):
         shares = order.shares(rank.index, rank.world_size, start, stop)

@@ -227,7 +227,8 @@ def bench_train(args: argparse.Namespace) -> dict[str, Any]:
     _print_unless_json(
         args,
         f"{result['images_per_second']:.1f} pictures/s over {result['steps']} steps; {result['overhead_fraction']:.2%} "
-        f"of the time went to what is not the step, {result['loader_wait_fraction']:.2%} to waiting for pictures",
+        f"of the time went to what is not the step, {result['loader_wait_fraction']:.2%} to waiting for pictures, "
+        f"{result['checkpoint_fraction']:.2%} to taking checkpoints",
     )
     return result
 

@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 # Read when the libraries are imported: nothing phones home from a test.
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -51,8 +52,44 @@ def children() -> dict[int, str]:
     return {pid: command for pid, command in found.items() if "multiprocessing.resource_tracker" not in command}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]):
+    """What a test marked `failure` does goes into its report."""
+    for item in items:
+        if marker := item.get_closest_marker("failure"):
+            item.user_properties.append(("failure", marker.args[0]))
+
+
+def failures(reporter: Any) -> dict[str, list[str]]:
+    """A line for each failure that was done: its name, whether it passed, what was noted of it; by outcome."""
+    found: dict[str, list[str]] = {}
+    for outcome in ("passed", "failed", "error", "skipped"):
+        for report in reporter.getreports(outcome):
+            notes = dict(report.user_properties)
+            name = notes.pop("failure", None)
+            if name is None or (outcome == "passed" and report.when != "call"):
+                continue
+            said = "; ".join(f"{key} {value}" for key, value in notes.items())
+            found.setdefault(outcome, []).append(f"{name}: {outcome}{said and f' ({said})'}")
+    return found
+
+
+def pytest_terminal_summary(terminalreporter: Any):
+    """One line a failure; into the file FAILURES_LOG too, where that is set."""
+    lines = [line for group in failures(terminalreporter).values() for line in group]
+    if lines:
+        terminalreporter.section("failures done for real")
+        for line in lines:
+            terminalreporter.write_line(line)
+    if log := os.environ.get("FAILURES_LOG"):
+        with Path(log).open("a") as file:
+            file.writelines(f"{line}\n" for line in lines)
+
+
 def pytest_sessionfinish(session: pytest.Session):
-    """Fail the whole run if a test has left a process; they get a moment to end."""
+    """Fail the whole run if a failure was skipped, or a test has left a process; they get a moment to end."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    if reporter is not None and "skipped" in failures(reporter):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
     deadline = time.monotonic() + 10
     while (left := children()) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -15,9 +15,11 @@ from typing import Any
 import pytest
 from toys import Sets, toy_recipe
 
+from arat_dist.checkpoint import Checkpoint
 from arat_dist.errors import TrackingError, UserError
 from arat_dist.mirror import Follower, Mirror
 from arat_dist.run import Run
+from arat_dist.saving import Saver
 from arat_dist.tracking import Replica, flatten, sync, tracking_uri
 
 SETS = Sets("train.beton", "val.beton")
@@ -274,6 +276,18 @@ def test_a_server_that_has_begun_anew_gets_everything(tmp_path):
     assert rows(tmp_path) == expected(2, 4)
     assert run.folder.read_json("mlflow.json") == notes | {"run_id": replica.run_id}
     assert rows(tmp_path, "SELECT start_time FROM runs") == [(1_700_000_000_000,)]
+
+
+def test_a_run_that_is_left_with_its_checkpoints_finds_its_mlflow_run(tmp_path):
+    run, recipe, uri = opened(tmp_path, 2, 4)
+    Replica(run, recipe, uri).update()
+    with Saver(run.checkpoints, keep=2, check=lambda: None, note=run.identity) as saver:
+        saver.submit(Checkpoint(4, {"model": {}}))
+    run.folder.delete("mlflow.json")
+    other = Replica(run, recipe, uri)
+    other.update()
+    assert rows(tmp_path) == expected(2, 4)
+    assert rows(tmp_path, "SELECT run_uuid FROM runs") == [(other.run_id,)]
 
 
 def test_many_metrics_go_in_calls_of_a_thousand(tmp_path, monkeypatch):

@@ -2,8 +2,9 @@
 
 import os
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -84,3 +85,49 @@ class NoisePictures:
 
     def name_of(self, index: int) -> str:
         return f"noise {index}"
+
+
+class Recovery:
+    """Times of a failure: until the workers that met it had all ended, and until the work was taken up again.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: Path):
+        self._attempts = folder / "attempts.jsonl"
+        self._ended_s = self._resumed_s = float("nan")
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def begin(self) -> None:
+        """The failure happens now, or, where nothing but a new command goes on, that is started now."""
+        self._begin, self._before = time.monotonic(), self._num_attempts()
+        self._workers = marked_processes("ray::RayTrainWorker").keys()
+        self._thread.start()
+
+    def note(self, record: Callable[[str, object], None], *, detected: bool = True) -> None:
+        """For the line on the failure, once what follows it was checked to equal what is without it."""
+        self._thread.join(10)
+        if detected:
+            record("detected after", f"{self._ended_s:.1f} s")
+        record("resumed after", f"{self._resumed_s:.1f} s")
+        note_equal(record)
+
+    def _num_attempts(self) -> int:
+        return self._attempts.read_bytes().count(b"\n") if self._attempts.exists() else 0
+
+    def _watch(self) -> None:
+        deadline = self._begin + 300
+        while time.monotonic() < deadline and not self._resumed_s < float("inf"):
+            seconds = time.monotonic() - self._begin
+            if self._ended_s != self._ended_s and not self._workers & marked_processes("ray::RayTrainWorker").keys():
+                self._ended_s = seconds
+            if self._num_attempts() > self._before:
+                self._resumed_s = seconds
+            time.sleep(0.05)
+
+
+def note_equal(record: Callable[[str, object], None]) -> None:
+    """Note what equal weights and lines show."""
+    record("samples lost or seen twice", "0 and 0")
+    record("final state", "equal")

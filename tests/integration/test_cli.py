@@ -448,10 +448,13 @@ def test_a_failure_is_status_1(tiny, capsys):
 
 def test_the_trainers_cost_is_measured_on_a_run_of_its_own(tiny, capsys):
     before = files_below(Path.cwd())
-    assert main(["bench", "train", "digits", "--json", *as_options(tiny | {"train.log_every": "1"})]) == 0
+    options = as_options(tiny | {"train.log_every": "1", "train.checkpoint_every": "3"})
+    assert main(["bench", "train", "digits", "--json", *options]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["steps"] == 5  # the first of 6 is the warm-up
-    assert 0 <= result["loader_wait_fraction"] <= result["overhead_fraction"] < 1
+    parts = result["loader_wait_fraction"], result["checkpoint_fraction"]
+    assert all(part > 0 for part in parts)
+    assert sum(parts) <= result["overhead_fraction"] < 1
     assert result["images_per_second"] > 0
     assert files_below(Path.cwd()) == before
 

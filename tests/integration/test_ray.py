@@ -3,8 +3,6 @@ replaced."""
 
 import json
 import logging
-import os
-import signal
 import sys
 import threading
 from collections.abc import Iterator
@@ -15,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
-from small import NoisePictures, marked_processes, tiny_overrides
+from small import NoisePictures, tiny_overrides
 
 from arat_dist.config import ClusterConfig, Recipe
 from arat_dist.data.beton_writer import write_beton
@@ -226,30 +224,6 @@ def test_a_recipe_takes_a_step_on_two_workers(name, shrunk, stepped):
 
 
 # Failures -----------------------------------------------------------------------------------------------------------
-
-
-def test_a_dead_worker_is_replaced_and_the_run_goes_on(digits, tmp_path):
-    overrides = tiny_overrides(digits, tmp_path) | {
-        "cluster.workers": "2",
-        "attack.steps": "4",
-        "train.max_steps": "30",
-        "train.checkpoint_every": "4",
-    }
-    killed: list[int] = []
-
-    def kill_one(line: dict[str, Any]) -> None:
-        if line["step"] >= 8 and not killed:
-            killed.append(max(marked_processes("ray::RayTrainWorker")))
-            os.kill(killed[0], signal.SIGKILL)
-
-    summary = fit(load_recipe("digits", list(overrides.items())), "mourned", kill_one)
-    assert len(killed) == 1
-    assert (summary["restarts"], summary["steps"], summary["samples_seen"]) == (1, 30, 30 * 32)
-    first, second = (json.loads(line) for line in (tmp_path / "mourned/attempts.jsonl").read_text().splitlines())
-    assert (first["step"], second["step"] % 4) == (0, 0)
-    assert second["step"] >= 4
-    steps = [json.loads(line)["step"] for line in (tmp_path / "mourned/metrics.jsonl").read_text().splitlines()]
-    assert steps == list(range(2, 31, 2))
 
 
 def test_a_loss_that_is_no_number_ends_the_run_without_restarts(digits, tmp_path):

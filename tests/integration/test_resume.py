@@ -12,7 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from mlflow.tracking import MlflowClient
-from small import ARAT, LINGERING, as_options, tiny_overrides, wait_until_gone
+from small import ARAT, LINGERING, Recovery, as_options, tiny_overrides, wait_until_gone
 
 NUM_STEPS = 120
 """Seconds of work: workers go on for a moment when their driver is killed, and must not come to the end."""
@@ -82,16 +82,25 @@ def uninterrupted(command) -> dict:
 
 
 @pytest.fixture(scope="module")
-def troubled(command) -> dict:
+def recoveries(command) -> dict[str, Recovery]:
+    """From the start of the command that goes on after each signal."""
+    return {name: Recovery(storage_of(command) / "troubled") for name in ("SIGKILL", "SIGINT", "SIGTERM")}
+
+
+@pytest.fixture(scope="module")
+def troubled(command, recoveries) -> dict:
     """The driver is killed outright, the next one interrupted, the third told to stop, the fourth comes to the end."""
     status, _ = stop_after_a_checkpoint(command, "troubled", signal.SIGKILL)
     assert status == -signal.SIGKILL
+    recoveries["SIGKILL"].begin()
     status, err = stop_after_a_checkpoint(command, "troubled", signal.SIGINT)
     assert status == 1, err
     assert err.splitlines()[-1] == "arat: interrupted; the same command goes on where it stopped"
     assert "Traceback" not in err
+    recoveries["SIGINT"].begin()
     status, err = stop_after_a_checkpoint(command, "troubled", signal.SIGTERM)
     check_stopped(command, status, err)
+    recoveries["SIGTERM"].begin()
     return to_the_end(command, "troubled")
 
 
@@ -105,10 +114,39 @@ def check_stopped(command: list[str], status: int, err: str, name: str = "troubl
     assert newest.parent.name == f"step_{int(last[1]):08d}"
 
 
+def check_weights(file: str, command: list[str]) -> None:
+    """The same bit for bit."""
+    calm, rough = (
+        safetensors.torch.load_file(storage_of(command) / name / f"checkpoints/step_{NUM_STEPS:08d}" / file)
+        for name in ("calm", "troubled")
+    )
+    assert calm.keys() == rough.keys() != set()
+    assert [key for key in calm if not torch.equal(calm[key], rough[key])] == []
+
+
 def test_sigterm_stops_the_work_in_this_process_too(command):
     alone = [*command[:-1], "--workers=0", "--train.checkpoint_every=40", "--name"]
     status, err = stop_after_a_checkpoint(alone, "alone", signal.SIGTERM)
     check_stopped(command, status, err, "alone")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(how, marks=pytest.mark.failure(f"the driver gets {how}"))
+        for how in ("SIGKILL", "SIGINT", "SIGTERM")
+    ],
+)
+def test_it_went_on_and_ended_as_one_that_was_left_alone(
+    how, command, troubled, uninterrupted, recoveries, record_property
+):
+    """At the same step with the same losses and the same weights; how exactly, the next tests say."""
+    steps = [attempt["step"] for attempt in lines(storage_of(command) / "troubled/attempts.jsonl")]
+    assert steps[1 + [*recoveries].index(how)] >= 5
+    assert (troubled["steps"], troubled["losses"]) == (NUM_STEPS, uninterrupted["losses"])
+    for file in ("model.safetensors", "ema.safetensors"):
+        check_weights(file, command)
+    recoveries[how].note(record_property, detected=False)
 
 
 def test_it_went_on_rather_than_started_anew(command, troubled):
@@ -141,16 +179,8 @@ def test_mlflow_has_one_run_with_each_step_once(command, troubled):
     runs = [run for run in client.search_runs([experiment.experiment_id]) if run.info.run_name == "troubled"]
     assert [run.info.run_id for run in runs] == [troubled["mlflow_run_id"]]
     assert runs[0].info.status == "FINISHED"
+    about = json.loads((storage_of(command) / f"troubled/checkpoints/step_{NUM_STEPS:08d}/about.json").read_text())
+    assert about["mlflow"]["run_id"] == troubled["mlflow_run_id"]
     history = client.get_metric_history(troubled["mlflow_run_id"], "loss")
     expected = [(line["step"], line["loss"]) for line in lines(storage_of(command) / "troubled/metrics.jsonl")]
     assert sorted((metric.step, metric.value) for metric in history) == expected
-
-
-@pytest.mark.parametrize("file", ["model.safetensors", "ema.safetensors"])
-def test_the_weights_are_the_same_bit_for_bit(file, command, troubled, uninterrupted):
-    calm, rough = (
-        safetensors.torch.load_file(storage_of(command) / name / f"checkpoints/step_{NUM_STEPS:08d}" / file)
-        for name in ("calm", "troubled")
-    )
-    assert calm.keys() == rough.keys()
-    assert [key for key in calm if not torch.equal(calm[key], rough[key])] == []

@@ -105,6 +105,7 @@ def alone(postgres, server) -> None:
     postgres.query("UPDATE runs SET name = 'before' RETURNING name")
 
 
+@pytest.mark.failure("MLflow's server on PostgreSQL is killed for a while")
 @pytest.mark.usefixtures("alone")
 def test_a_server_that_is_killed_and_comes_back_has_every_line_once(digits, tmp_path, monkeypatch, postgres, server):
     count = "SELECT count(*) FROM metrics m JOIN runs r USING (run_uuid) WHERE r.name = 'one' AND m.key = 'loss'"
@@ -125,6 +126,7 @@ def test_a_server_that_is_killed_and_comes_back_has_every_line_once(digits, tmp_
     check_all_is_there(postgres.query, tmp_path, summary)
 
 
+@pytest.mark.failure("MLflow's PostgreSQL is killed, twice")
 @pytest.mark.usefixtures("alone")
 def test_a_database_that_is_killed_and_recovers_has_every_line_once(
     digits, tmp_path, monkeypatch, postgres, server, caplog
@@ -143,6 +145,7 @@ def _ray() -> Iterator[None]:
     disconnect()
 
 
+@pytest.mark.failure("a worker is killed when MLflow has lines beyond the checkpoint")
 @pytest.mark.usefixtures("alone", "_ray")
 def test_a_worker_that_is_killed_and_computes_lines_again_leaves_each_step_once(digits, tmp_path, postgres, server):
     killed: list[int] = []
@@ -172,6 +175,7 @@ def test_a_worker_that_is_killed_and_computes_lines_again_leaves_each_step_once(
     assert int(steps.split()[0]) == went_on + 1
 
 
+@pytest.mark.failure("MLflow's server on sqlite is killed for a while")
 def test_a_server_on_sqlite_that_is_killed_has_every_line_once(digits, tmp_path, monkeypatch):
     server = MLflowServer(f"sqlite:///{tmp_path}/server.db", tmp_path)
 
@@ -191,7 +195,13 @@ FAILING = b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 4\r\nConnectio
 
 
 @pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("answer", [FAILING, None], ids=["fails", "hangs"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        pytest.param(FAILING, id="fails", marks=pytest.mark.failure("MLflow's server fails all along")),
+        pytest.param(None, id="hangs", marks=pytest.mark.failure("MLflow's server hangs all along")),
+    ],
+)
 def test_a_server_that_is_no_good_stops_nothing_and_sync_delivers_to_another(
     digits, tmp_path, monkeypatch, capsys, caplog, postgres, server, answer
 ):

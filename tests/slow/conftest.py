@@ -33,21 +33,3 @@ def machines(tmp_path_factory) -> Iterator[Machines]:
         for split in ("train", "val"):
             write_beton(open_source(f"digits:{split}"), machines.storage / f"{split}.beton")
         yield machines
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """One line a failure: its name, whether it passed, and what was noted of it."""
-    terminalreporter.section("failures")
-    for outcome in ("passed", "failed", "error", "skipped"):
-        for report in terminalreporter.getreports(outcome):
-            if outcome == "passed" and report.when != "call":
-                continue
-            notes = "; ".join(f"{key} {value}" for key, value in report.user_properties)
-            terminalreporter.write_line(f"{report.nodeid.rpartition('::')[2]}: {outcome} {notes}".rstrip())
-
-
-def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A failure that was skipped wasn't done."""
-    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-    if reporter is not None and reporter.getreports("skipped"):
-        session.exitstatus = pytest.ExitCode.TESTS_FAILED

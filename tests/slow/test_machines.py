@@ -62,6 +62,7 @@ def note_times(record: Callable[[str, object], None], driver: Driver, since: flo
         record(key, value)
 
 
+@pytest.mark.failure("a machine dies without grace")
 def test_a_machine_dies_without_grace(machines: Machines, start: Start, record_property):
     machines.add(2)
     dying = machines.add(1)
@@ -79,6 +80,7 @@ def test_a_machine_dies_without_grace(machines: Machines, start: Start, record_p
     check_equal(driver, calm, record_property)
 
 
+@pytest.mark.failure("the network of a machine is cut")
 def test_the_network_of_a_machine_fails(machines: Machines, start: Start, record_property):
     machines.add(2)
     lonely = machines.add(1)
@@ -105,6 +107,7 @@ def test_the_network_of_a_machine_fails(machines: Machines, start: Start, record
     check_whole(driver, summary)
 
 
+@pytest.mark.failure("a machine is to go (Ray's drain notice)")
 def test_a_machine_is_to_go(machines: Machines, start: Start, record_property):
     """A drain notice costs no step and counts as no failure."""
     machines.add(2)
@@ -128,6 +131,7 @@ def test_a_machine_is_to_go(machines: Machines, start: Start, record_property):
     check_equal(driver, calm, record_property)
 
 
+@pytest.mark.failure("a machine dies and another comes, cluster.workers [1, 2]")
 def test_the_group_shrinks_and_grows(machines: Machines, start: Start, record_property):
     """Two workers, one, two again: the global batch stays, and growing repeats no step."""
     machines.add(1)
@@ -165,6 +169,7 @@ def test_the_group_shrinks_and_grows(machines: Machines, start: Start, record_pr
     check_whole(driver, summary, num_steps)
 
 
+@pytest.mark.failure("no machine has room for the workers")
 def test_no_machine_has_room(machines: Machines, start: Start, record_property):
     machines.add(1)
     for name, workers in (("fixed", "3"), ("elastic", "[2, 3]")):
