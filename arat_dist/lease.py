@@ -62,7 +62,7 @@ class Lease(threading.Thread):
             self._folder.delete(LEASE)
 
     def run(self) -> None:
-        """Renew it until the context ends or another has it; a store that is out of reach for a while is asked again."""
+        """Renew it until the context ends or another has it; a store that is out of reach is asked again."""
         while not self._done.wait(RENEW_S):
             try:
                 if self._folder.read_json(LEASE).get("token", self._token) != self._token:

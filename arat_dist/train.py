@@ -162,7 +162,7 @@ def train_watched(recipe: Recipe, run: Run, rank: Rank, beat: Callable[[], None]
         "world_size": rank.world_size,
         **result.summary(),
         "weights": weights,
-        "checkpoint": run.checkpoints.path(checkpoint_names(run.checkpoints)[-1]) if rank.is_first else None,
+        "checkpoint": (run.checkpoints / checkpoint_names(run.checkpoints)[-1]).uri if rank.is_first else None,
         **log.summary(),
     }
 

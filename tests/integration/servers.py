@@ -141,6 +141,37 @@ class MLflowServer:
 
 
 @contextlib.contextmanager
+def object_store(folder: Path, bucket: str) -> Iterator[dict[str, str]]:
+    """An S3 server with one bucket, by moto; gives the environment in which AWS' clients use it."""
+    port = free_port()
+    env = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    command = [Path(sys.executable).with_name("moto_server"), "--host", "127.0.0.1", "--port", str(port)]
+    with (folder / "s3.log").open("w") as log:
+        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
+
+    def has_bucket() -> bool:
+        assert process.poll() is None, (folder / "s3.log").read_text()
+        request = urllib.request.Request(f"{env['AWS_ENDPOINT_URL']}/{bucket}", method="PUT")
+        try:
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
+
+    try:
+        wait_for(has_bucket, "the object store never came up")
+        yield env
+    finally:
+        kill_tree(process)
+
+
+@contextlib.contextmanager
 def bad_server(answer: bytes | None) -> Iterator[str]:
     """URI of a server that gives every request the same answer, or takes it and never answers (None)."""
     held: list[socket.socket] = []

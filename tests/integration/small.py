@@ -91,11 +91,11 @@ class Recovery:
     """Times of a failure: until the workers that met it had all ended, and until the work was taken up again.
 
     Args:
-        folder: of the run.
+        num_attempts: of the run, see `Run.num_attempts`.
     """
 
-    def __init__(self, folder: Path):
-        self._attempts = folder / "attempts.jsonl"
+    def __init__(self, num_attempts: Callable[[], int]):
+        self._num_attempts = num_attempts
         self._ended_s = self._resumed_s = float("nan")
         self._thread = threading.Thread(target=self._watch, daemon=True)
 
@@ -112,9 +112,6 @@ class Recovery:
             record("detected after", f"{self._ended_s:.1f} s")
         record("resumed after", f"{self._resumed_s:.1f} s")
         note_equal(record)
-
-    def _num_attempts(self) -> int:
-        return self._attempts.read_bytes().count(b"\n") if self._attempts.exists() else 0
 
     def _watch(self) -> None:
         deadline = self._begin + 300

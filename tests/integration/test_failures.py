@@ -86,7 +86,7 @@ def check_equal(run: Run, calm: Run) -> None:
 
 @pytest.mark.failure("a worker is killed in mid-step (SIGKILL)")
 def test_a_dead_worker_is_replaced_and_the_run_goes_on(digits, tmp_path, calm, record_property):
-    killed, recovery = [], Recovery(tmp_path / "mourned")
+    killed, recovery = [], Recovery(Run(str(tmp_path), "mourned").num_attempts)
 
     def kill_one(line: dict[str, Any]) -> None:
         if line["step"] >= 8 and not killed:
@@ -109,7 +109,7 @@ def test_a_dead_worker_is_replaced_and_the_run_goes_on(digits, tmp_path, calm, r
 def test_a_stopped_worker_is_noticed_and_replaced(digits, tmp_path, calm, record_property):
     """Nothing of it runs any more, and the others wait for it in a collective."""
     recipe = recipe_of(digits, tmp_path, **{"cluster.step_timeout_s": "8"})
-    stopped, recovery = [], Recovery(tmp_path / "stopped")
+    stopped, recovery = [], Recovery(Run(str(tmp_path), "stopped").num_attempts)
 
     def stop_one(line: dict[str, Any]) -> None:
         if line["step"] >= 8 and not stopped:

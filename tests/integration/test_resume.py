@@ -14,6 +14,8 @@ import torch
 from mlflow.tracking import MlflowClient
 from small import ARAT, LINGERING, Recovery, as_options, tiny_overrides, wait_until_gone
 
+from arat_dist.run import Run
+
 NUM_STEPS = 120
 """Seconds of work: workers go on for a moment when their driver is killed, and must not come to the end."""
 
@@ -84,7 +86,8 @@ def uninterrupted(command) -> dict:
 @pytest.fixture(scope="module")
 def recoveries(command) -> dict[str, Recovery]:
     """From the start of the command that goes on after each signal."""
-    return {name: Recovery(storage_of(command) / "troubled") for name in ("SIGKILL", "SIGINT", "SIGTERM")}
+    run = Run(str(storage_of(command)), "troubled")
+    return {name: Recovery(run.num_attempts) for name in ("SIGKILL", "SIGINT", "SIGTERM")}
 
 
 @pytest.fixture(scope="module")
