@@ -5,8 +5,11 @@ import secrets
 import signal
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+from driver import TWO, Driver, Outcome
 from nodes import Machines
 from small import MARK, wait_until_gone
 
@@ -26,10 +29,30 @@ def _no_process_is_left() -> Iterator[None]:
     assert left == {}
 
 
-@pytest.fixture
-def machines(tmp_path_factory) -> Iterator[Machines]:
+@contextmanager
+def machines_with_digits(hidden: Path) -> Iterator[Machines]:
     """A head without CPUs, digits on the shared storage; the other machines see nothing of the tests' own folder."""
-    with Machines(hidden=[tmp_path_factory.getbasetemp()]) as machines:
+    with Machines(hidden=[hidden]) as machines:
         for split in ("train", "val"):
             write_beton(open_source(f"digits:{split}"), machines.storage / f"{split}.beton")
         yield machines
+
+
+@pytest.fixture
+def machines(tmp_path_factory) -> Iterator[Machines]:
+    with machines_with_digits(tmp_path_factory.getbasetemp()) as machines:
+        yield machines
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory) -> Outcome:
+    """What the run of the tests that compare comes to where nothing happens to it."""
+    with machines_with_digits(tmp_path_factory.getbasetemp()) as machines:
+        for _ in range(2):
+            machines.add(1)
+        driver = Driver(machines, "calm", TWO)
+        try:
+            driver.summary()
+            return driver.outcome()
+        finally:
+            driver.end()

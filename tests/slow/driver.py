@@ -6,13 +6,30 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import safetensors.torch
 import torch
 from nodes import Machines
 from small import ARAT, as_options, tiny_overrides
+
+NUM_STEPS = 120
+TWO = {
+    "cluster.workers": "2",
+    "cluster.placement": "spread",
+    "train.max_steps": str(NUM_STEPS),
+    "train.checkpoint_every": "10",
+}
+"""Two workers on two machines; where one is left, both on that one, if it has the CPUs."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run came to."""
+
+    weights: dict[str, torch.Tensor]
+    losses: dict[int, float]
 
 
 class Driver:
@@ -97,9 +114,13 @@ class Driver:
             self.process.send_signal(signal.SIGKILL)
             self.process.wait()
 
-    def weights(self) -> dict[str, torch.Tensor]:
-        """Of the newest checkpoint."""
-        return safetensors.torch.load_file(self._newest() / "model.safetensors")
+    def outcome(self) -> Outcome:
+        """Weights of the newest checkpoint and losses by step, as they are now."""
+        newest = max((self.folder / "checkpoints").glob("step_*"))
+        return Outcome(
+            safetensors.torch.load_file(newest / "model.safetensors"),
+            {line["step"]: line["loss"] for line in self.lines("metrics.jsonl")},
+        )
 
     def times(self, since: float) -> dict[str, str]:
         """When a failure was seen and when the work went on, in seconds after it was done."""
@@ -110,9 +131,6 @@ class Driver:
             "detected after": f"{min(seen) - since:.1f} s" if seen else "-",
             "resumed after": f"{min(attempts) - since:.1f} s" if attempts else "-",
         }
-
-    def _newest(self) -> Path:
-        return max((self.folder / "checkpoints").glob("step_*"))
 
     def _watch(self) -> None:
         """Note when each line of stderr and each attempt was there first."""

@@ -6,20 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from driver import Driver
+from driver import NUM_STEPS, TWO, Driver, Outcome
 from nodes import Machines
-from small import marked_processes
+from small import marked_processes, note_equal
 
 pytestmark = pytest.mark.slow
-
-NUM_STEPS = 120
-TWO = {
-    "cluster.workers": "2",
-    "cluster.placement": "spread",
-    "train.max_steps": str(NUM_STEPS),
-    "train.checkpoint_every": "10",
-}
-"""Two workers on two machines; where one is left, both on that one, if it has the CPUs."""
 
 Start = Callable[..., Driver]
 
@@ -46,14 +37,12 @@ def check_whole(driver: Driver, summary: dict[str, Any], num_steps: int = NUM_ST
     assert set(range(2, num_steps + 1, 2)) <= set(steps)
 
 
-def check_equal(driver: Driver, calm: Driver, record: Callable[[str, object], None]) -> None:
+def check_equal(driver: Driver, calm: Outcome, record: Callable[[str, object], None]) -> None:
     """The same weights, bit for bit, and the same losses, as without the failure: so no sample more and none less."""
-    ours, theirs = driver.weights(), calm.weights()
-    assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []
-    losses = [{line["step"]: line["loss"] for line in each.lines("metrics.jsonl")} for each in (driver, calm)]
-    assert losses[0] == losses[1]
-    record("samples lost or seen twice", "0 and 0")
-    record("final state", "equal")
+    outcome = driver.outcome()
+    assert [key for key, value in calm.weights.items() if not torch.equal(value, outcome.weights[key])] == []
+    assert outcome.losses == calm.losses != {}
+    note_equal(record)
 
 
 def note_times(record: Callable[[str, object], None], driver: Driver, since: float) -> None:
@@ -63,11 +52,9 @@ def note_times(record: Callable[[str, object], None], driver: Driver, since: flo
 
 
 @pytest.mark.failure("a machine dies without grace")
-def test_a_machine_dies_without_grace(machines: Machines, start: Start, record_property):
+def test_a_machine_dies_without_grace(machines: Machines, start: Start, calm: Outcome, record_property):
     machines.add(2)
     dying = machines.add(1)
-    calm = start("calm", TWO)
-    calm.summary()
     driver = start("bereft", TWO)
     driver.wait_for_step(24)
     since = time.time()
@@ -81,11 +68,9 @@ def test_a_machine_dies_without_grace(machines: Machines, start: Start, record_p
 
 
 @pytest.mark.failure("the network of a machine is cut")
-def test_the_network_of_a_machine_fails(machines: Machines, start: Start, record_property):
+def test_the_network_of_a_machine_fails(machines: Machines, start: Start, calm: Outcome, record_property):
     machines.add(2)
     lonely = machines.add(1)
-    calm = start("calm", TWO)
-    calm.summary()
     driver = start("parted", TWO)
     driver.wait_for_step(24)
     assert any("RayTrainWorker" in line for line in lonely.processes().values())
@@ -108,12 +93,10 @@ def test_the_network_of_a_machine_fails(machines: Machines, start: Start, record
 
 
 @pytest.mark.failure("a machine is to go (Ray's drain notice)")
-def test_a_machine_is_to_go(machines: Machines, start: Start, record_property):
+def test_a_machine_is_to_go(machines: Machines, start: Start, calm: Outcome, record_property):
     """A drain notice costs no step and counts as no failure."""
     machines.add(2)
     leaving = machines.add(1)
-    calm = start("calm", TWO)
-    calm.summary()
     driver = start("drained", TWO | {"cluster.max_failures": "0", "train.checkpoint_every": "1000"})
     driver.wait_for_step(24)
     since = time.time()
