@@ -8,7 +8,6 @@ manifest.json (the step and each file's SHA-256), which is written last: a folde
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
@@ -92,9 +91,14 @@ def save_checkpoint(
         check()
         target.write_json(MANIFEST, {"step": checkpoint.step, "sha256": hashes})
     except OSError:
+        check()  # the folder may be another process's by now
         folder.delete(name)
         raise
-    _retire(folder, name, keep - 1)
+    try:
+        check()
+        _retire(folder, name, keep - 1)
+    except OSError as error:  # the next save tries again; this one is whole
+        logger.warning("%s: older checkpoints can't be retired now: %s", folder.uri, error)
     return name
 
 
@@ -113,13 +117,20 @@ def _retire(folder: Storage, newest: str, keep: int) -> None:
 
 
 def best_checkpoint(folder: Storage) -> str | None:
-    """Name of the checkpoint with the best robust accuracy, the newest of equals; None where none was measured."""
+    """Name of the checkpoint with the best robust accuracy, the newest of equals; None where none was measured.
+
+    Raises:
+        OSError: one can't be read now; it may be the best.
+    """
     measured = []
     for name in checkpoint_names(folder):
-        with contextlib.suppress(DamagedError, ValueError):
+        try:
             hashes = _read_manifest(folder / name)[1]
             score = json.loads(_read_verified(folder / name, ABOUT, hashes.get(ABOUT, ""))).get("robust_accuracy")
             measured += [] if score is None else [(score, name)]
+        except DamagedError as error:
+            if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+                raise error.__cause__ from error
     return max(measured)[1] if measured else None
 
 
@@ -176,7 +187,7 @@ def _read_manifest(folder: Storage) -> tuple[int, dict[str, str]]:
     try:
         manifest = json.loads(folder.read(MANIFEST))
         return int(manifest["step"]), dict(manifest["sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise DamagedError(f"{folder.path(MANIFEST)}: {type(error).__name__}") from error
 
 
