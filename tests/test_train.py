@@ -477,6 +477,29 @@ def test_a_step_that_is_no_number_is_as_if_it_had_not_been(sets: Sets, tmp_path,
     assert run.metrics()[0]["loss"] * 3 - mean > 0
 
 
+def test_a_skipped_step_reaches_neither_averages_nor_counts_nor_diagnostics(sets: Sets, tmp_path, monkeypatch):
+    """Though all of them look at the net, or were moved by its pass, in every step."""
+    keys = {"checkpoint_every": 1, "log_every": 1, "max_steps": 9, "ema_decay": 0.8}
+    # Epochs are 5.5 steps long: the first one ends amid step 5.
+    recipe = toy_recipe(sets, train=keys, track={"diagnostics_every": 1, "mlflow": False})
+    with monkeypatch.context() as patch:
+        spoil({1, 5, 6}, patch)
+        run, _ = start(recipe, tmp_path)
+    order, lines = sample_order(recipe), run.metrics()
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    assert ["gradient_cosine" in line and "branch_mean_distance" in line for line in lines] == [
+        step not in {1, 5, 6} for step in range(9)
+    ]
+    final = newest(run)
+    for state in final.weights.values():
+        assert all(value.isfinite().all() for value in state.values())
+    # Since the end of the first epoch, after step 5.
+    assert order.ends_epoch(5)
+    assert final.weights["model"]["counts"][1] == sum(order.batch_size_at(step) for step in (7, 8))
+    right = sum(round(lines[step]["clean_accuracy"] * 8) for step in (0, 2, 3, 4))
+    assert lines[7]["adv_weight"] == pytest.approx(right / (4 * 8))
+
+
 def test_a_fault_that_passes_costs_a_way_back_and_no_more(sets: Sets, tmp_path, monkeypatch, caplog):
     """After too many such steps the run goes on from its newest checkpoint, and ends as if nothing had been."""
     keys = {"checkpoint_every": 4, "log_every": 1, "max_skipped_steps": 3}
