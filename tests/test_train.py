@@ -443,10 +443,12 @@ def spoil(steps: set[int], monkeypatch: pytest.MonkeyPatch, *, once: bool = Fals
     monkeypatch.setattr(Objective, "forward", spoiled)
 
 
-def test_a_step_that_is_no_number_is_as_if_it_had_not_been(sets: Sets, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_step_that_is_no_number_is_as_if_it_had_not_been(sets: Sets, tmp_path, monkeypatch, caplog, precision):
     """Weights, momentum and running statistics are those before it; its samples are named; the line leaves it out."""
-    keys = {"checkpoint_every": 1, "log_every": 4, "epochs": 2}
-    recipe = toy_recipe(sets, objective={"name": "at"}, train=keys)
+    keys = {"checkpoint_every": 1, "log_every": 4, "epochs": 2, "precision": precision}
+    model = {"name": "cifar_resnet18", "args": {"channels": [8, 8, 8, 8]}}
+    recipe = toy_recipe(sets, objective={"name": "at"}, model=model, train=keys)
     with monkeypatch.context() as patch:
         spoil({2, 5, 6, 10}, patch)
         run, summary = start(recipe, tmp_path)
