@@ -75,7 +75,7 @@ def save_checkpoint(
     Raises:
         OSError: it can't be written.
     """
-    name = _name(checkpoint.step)
+    name = checkpoint_name(checkpoint.step)
     target = folder / name
     check()
     target.delete(MANIFEST)
@@ -102,7 +102,8 @@ def save_checkpoint(
     return name
 
 
-def _name(step: int) -> str:
+def checkpoint_name(step: int) -> str:
+    """Name of the folder of a checkpoint after so many steps."""
     return f"step_{step:08d}"
 
 
@@ -156,7 +157,7 @@ class DamagedError(Exception):
 def load_checkpoint(folder: Storage, *, with_optimizer: bool = True) -> Checkpoint:
     """Read one checkpoint, every file checked against the manifest (DamagedError)."""
     step, hashes = _read_manifest(folder)
-    if not folder.uri.endswith(f"/{_name(step)}"):
+    if not folder.uri.endswith(f"/{checkpoint_name(step)}"):
         raise DamagedError(f"{folder.path(MANIFEST)}: says step {step}")
     if missing := _NEEDED - hashes.keys():
         raise DamagedError(f"{folder.path(MANIFEST)}: names no {' and no '.join(sorted(missing))}")

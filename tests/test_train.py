@@ -213,6 +213,14 @@ def test_a_later_rank_with_nothing_left_to_do_has_a_summary(tmp_path):
     assert log.summary() == {"train_images_per_second": None, "losses": {}}
 
 
+def test_the_summary_names_the_last_checkpoint_and_not_what_broke_off_beyond(sets: Sets, tmp_path):
+    """As a launch with more steps leaves it that was killed while it wrote."""
+    run = Run(str(tmp_path), "run")
+    (run.checkpoints / "step_00000005").write("model.safetensors", b"half")
+    _, summary = start(toy_recipe(sets, train={"max_steps": 3}), tmp_path)
+    assert summary["checkpoint"] == run.checkpoints.path("step_00000003")
+
+
 def test_fewer_steps_than_done_are_those_done(sets: Sets, tmp_path):
     start(toy_recipe(sets, train={"max_steps": 3}), tmp_path)
     _, summary = start(toy_recipe(sets, train={"max_steps": 2}), tmp_path)
