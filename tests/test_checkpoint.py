@@ -101,6 +101,27 @@ def test_keeping_counts_whole_checkpoints_only_and_never_drops_the_new_one(folde
     assert_is(load_newest(folder), 15)
 
 
+def test_a_run_that_went_back_deletes_only_what_lies_before_and_writes_over_what_lies_beyond(folder, monkeypatch):
+    """What couldn't be read at its start may be good again tomorrow; from a first new file on it is nothing."""
+    for step in (10, 20, 30):
+        save_checkpoint(folder, make(step), keep=9)
+    save_checkpoint(folder, make(15), keep=1)
+    assert checkpoint_names(folder) == [f"step_{step:08d}" for step in (15, 20, 30)]
+    (folder / "step_00000020").write("model.safetensors", b"damaged")
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(folder, make(20), keep=1)
+    assert not (folder / "step_00000020").exists(MANIFEST)
+    save_checkpoint(folder, make(20), keep=1)
+    assert checkpoint_names(folder) == ["step_00000020", "step_00000030"]
+    assert_is(load_checkpoint(folder / "step_00000020"), 20)
+
+
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "gone"])
 def test_a_damaged_one_is_named_and_passed_over(folder, file, damage, caplog):
