@@ -34,6 +34,7 @@ class Agreement:
         self._rank = rank
         self._save_s = None if save_minutes is None else 60 * save_minutes
         self._last_save_s = time.monotonic()
+        self._is_answered = False
         self._value = torch.zeros(1, dtype=torch.int32)
         self._work: dist.Work | None = None
         # Host memory, whatever the ranks train on: a stream of a GPU would have to be waited for.
@@ -48,13 +49,18 @@ class Agreement:
         if self._work is not None:
             self._work.wait()
         agreed = Wish(int(self._value))
+        if agreed is Wish.SAVE and self._is_answered:
+            agreed = Wish.NOTHING
+        self._is_answered = False
         self._value.fill_(own)
         self._work = dist.all_reduce(self._value, dist.ReduceOp.MAX, group=self._group, async_op=True)
         return agreed
 
     def saved(self) -> None:
-        """A checkpoint was taken, for whatever reason."""
+        """A checkpoint was taken, for whatever reason; every rank calls it, at the same step."""
         self._last_save_s = time.monotonic()
+        # One is still on its way if the clock's wish, a step old, was what led to it.
+        self._is_answered = True
 
     def _wish(self) -> Wish:
         if self._rank.stop_wanted():

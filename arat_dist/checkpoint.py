@@ -8,7 +8,6 @@ manifest.json (the step and each file's SHA-256), which is written last: a folde
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
@@ -76,7 +75,7 @@ def save_checkpoint(
     Raises:
         OSError: it can't be written.
     """
-    name = _name(checkpoint.step)
+    name = checkpoint_name(checkpoint.step)
     target = folder / name
     check()
     target.delete(MANIFEST)
@@ -92,13 +91,19 @@ def save_checkpoint(
         check()
         target.write_json(MANIFEST, {"step": checkpoint.step, "sha256": hashes})
     except OSError:
+        check()  # the folder may be another process's by now
         folder.delete(name)
         raise
-    _retire(folder, name, keep - 1)
+    try:
+        check()
+        _retire(folder, name, keep - 1)
+    except OSError as error:  # the next save tries again; this one is whole
+        logger.warning("%s: older checkpoints can't be retired now: %s", folder.uri, error)
     return name
 
 
-def _name(step: int) -> str:
+def checkpoint_name(step: int) -> str:
+    """Name of the folder of a checkpoint after so many steps."""
     return f"step_{step:08d}"
 
 
@@ -113,23 +118,32 @@ def _retire(folder: Storage, newest: str, keep: int) -> None:
 
 
 def best_checkpoint(folder: Storage) -> str | None:
-    """Name of the checkpoint with the best robust accuracy, the newest of equals; None where none was measured."""
+    """Name of the checkpoint with the best robust accuracy, the newest of equals; None where none was measured.
+
+    Raises:
+        OSError: one can't be read now; it may be the best.
+    """
     scores = {name: about.get("robust_accuracy") for name, about in _abouts(folder)}
     measured = [(score, name) for name, score in scores.items() if score is not None]
     return max(measured)[1] if measured else None
 
 
 def newest_about(folder: Storage) -> dict[str, Any]:
-    """What the newest checkpoint knows of the run and its weights; its other files aren't looked at."""
-    return next(iter(about for _, about in _abouts(folder)), {})
+    """What the newest checkpoint knows of the run and its weights; its other files aren't looked at (OSError)."""
+    return next((about for _, about in _abouts(folder)), {})
 
 
 def _abouts(folder: Storage) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Names and plain values of the checkpoints, newest first; those where they are damaged are left out."""
+    """Names and plain values of the checkpoints, newest first, but for damaged ones; OSError: not to be read now."""
     for name in reversed(checkpoint_names(folder)):
-        with contextlib.suppress(DamagedError, ValueError):
+        try:
             hashes = _read_manifest(folder / name)[1]
-            yield name, json.loads(_read_verified(folder / name, ABOUT, hashes.get(ABOUT, "")))
+            about = json.loads(_read_verified(folder / name, ABOUT, hashes.get(ABOUT, "")))
+        except DamagedError as error:
+            if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+                raise error.__cause__ from error
+            continue
+        yield name, about
 
 
 def checkpoint_names(folder: Storage) -> list[str]:
@@ -154,7 +168,7 @@ class DamagedError(Exception):
 def load_checkpoint(folder: Storage, *, with_optimizer: bool = True) -> Checkpoint:
     """Read one checkpoint, every file checked against the manifest (DamagedError)."""
     step, hashes = _read_manifest(folder)
-    if not folder.uri.endswith(f"/{_name(step)}"):
+    if not folder.uri.endswith(f"/{checkpoint_name(step)}"):
         raise DamagedError(f"{folder.path(MANIFEST)}: says step {step}")
     if missing := _NEEDED - hashes.keys():
         raise DamagedError(f"{folder.path(MANIFEST)}: names no {' and no '.join(sorted(missing))}")
@@ -185,7 +199,7 @@ def _read_manifest(folder: Storage) -> tuple[int, dict[str, str]]:
     try:
         manifest = json.loads(folder.read(MANIFEST))
         return int(manifest["step"]), dict(manifest["sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise DamagedError(f"{folder.path(MANIFEST)}: {type(error).__name__}") from error
 
 

@@ -91,12 +91,9 @@ class Engine(Protocol):
         ...
 
     def is_finite(self) -> bool:
-        """Whether the gradients fit into fp16; if not they are forgotten, for another try at half the loss scale.
+        """Whether `step` may come; else the gradients didn't fit into fp16 and are forgotten: try half the loss scale.
 
-        Always true, without a look, in other precisions.
-
-        Raises:
-            FloatingPointError: no loss scale helps.
+        Where no loss scale helps it comes too, to be skipped. Always true, without a look, in other precisions.
         """
         ...
 
@@ -168,6 +165,7 @@ class DDPEngine:
         self._optimizer = build_optimizer(self.objective, optim)
         self._clip_norm = optim.clip_grad_norm
         self._scaler = torch.amp.GradScaler(rank.device.type, enabled=scales_loss)
+        self._scale_before_tries: float | None = None
         self._wrapped: nn.Module = self.objective
         if rank.world_size > 1:
             # Running statistics are per rank unless norms are synchronised; `averaged_statistics` joins them.
@@ -199,12 +197,14 @@ class DDPEngine:
         # Equal on all ranks: DDP has joined the gradients.
         self._scaler.unscale_(self._optimizer)
         if self._gradient_norm().isfinite().item():
+            self._scale_before_tries = None
+            return True
+        self._scale_before_tries = self._scale_before_tries or scale
+        if scale <= _LEAST_LOSS_SCALE:
             return True
         # Told the new scale: the scaler looks for infinities alone, not for a norm that overflows.
         self._scaler.update(scale * self._scaler.get_backoff_factor())
         self._optimizer.zero_grad(set_to_none=True)
-        if scale < _LEAST_LOSS_SCALE:
-            raise FloatingPointError("the gradient is no number at any loss scale; a lower optim.lr would be a start")
         return False
 
     def step(self) -> Tensor:
@@ -212,13 +212,13 @@ class DDPEngine:
         norm = self._gradient_norm()
         if self._clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self.objective.parameters(), self._clip_norm, norm)
+        # The fused kernels look at it and leave everything as it is; the scaler would at infinities alone.
+        self._optimizer.found_inf = norm.isfinite().logical_not().float()  # pyright: ignore[reportAttributeAccessIssue]
+        self._optimizer.step()
         if self._scaler.is_enabled():
-            self._scaler.step(self._optimizer)
-            self._scaler.update()
-        else:
-            # What a scaler would set: the fused kernels look at it and leave everything as it is.
-            self._optimizer.found_inf = norm.isfinite().logical_not().float()  # pyright: ignore[reportAttributeAccessIssue]
-            self._optimizer.step()
+            # A step that is no number at any scale says nothing of scales.
+            self._scaler.update(self._scale_before_tries)
+            self._scale_before_tries = None
         self._optimizer.zero_grad(set_to_none=True)
         return norm
 

@@ -117,6 +117,8 @@ class MetricsLog:
         num_samples, num_images = next(values), next(values)
         machines = torch.tensor([next(values) for _ in system]).view(self._num_nodes, -1)
         notes = {name: next(values) for name in self._notes}
+        # What was measured in a step that was skipped; JSON has no word for it.
+        notes = {name: value for name, value in notes.items() if math.isfinite(value)}
         norm, *finite = values
         self._num_skipped += finite.count(0.0)
         now = time.perf_counter()

@@ -34,7 +34,9 @@ def check_recipe(recipe: Recipe) -> None:
     check_gpus(recipe.cluster)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)  # the very weights that training starts from
-        check_image_sizes(build_objective(recipe), recipe.data)
+        objective = build_objective(recipe)
+    check_image_sizes(objective, recipe.data)
+    check_parameters(objective, recipe)
 
 
 def check_image_sizes(objective: Objective, data: DataConfig) -> None:
@@ -51,6 +53,17 @@ def check_image_sizes(objective: Objective, data: DataConfig) -> None:
                 )
             for side in data.training_sizes:
                 check_side(net, name, side, "data.image_sizes_from")
+
+
+def check_parameters(objective: Objective, recipe: Recipe) -> None:
+    """Refuse parameters without a dimension under DeepSpeed, which fails to hand them out as bytes (UserError)."""
+    if recipe.engine.kind == "ddp":
+        return
+    if single := [name for name, parameter in objective.named_parameters() if parameter.ndim == 0]:
+        raise UserError(
+            f"engine.kind: deepspeed: can't train {recipe.model.name}, some of whose parameters are single numbers "
+            f"({single[0].removeprefix('classifier.backbone.')}); ddp would be right"
+        )
 
 
 def check_averages(recipe: Recipe) -> None:

@@ -142,7 +142,7 @@ class Run:
 
     def identity(self) -> dict[str, Any]:
         """What a checkpoint notes of the run that it belongs to."""
-        return {"mlflow": self.mlflow()}
+        return {"mlflow": self.folder.read_json(MLFLOW)}
 
     def begin_attempt(self, **values: object) -> int:
         """Note that the work starts or goes on: one line of attempts.jsonl each time; returns its number."""

@@ -105,11 +105,19 @@ class Saver:
         self._thread = Thread(target=self._write, args=(checkpoint, worthy, queued_event()), name="checkpoint")
         self._thread.start()
 
-    def finish(self) -> None:
-        """Wait for the last one; raises what kept it from being written."""
+    def finish(self, rank: Rank) -> None:
+        """Wait for the last one; raises what kept it from being written. Every rank calls it.
+
+        Raises:
+            FloatingPointError: its weights are no numbers; on all ranks, or the others would go on without the first.
+        """
         self._wait()
+        broke_down = isinstance(self._error, FloatingPointError)
+        broke_down = bool(rank.all_reduce(torch.tensor(int(broke_down), device=rank.device)))
         if self._error is not None:
             raise self._error
+        if broke_down:
+            raise FloatingPointError("the weights are no numbers any more; a lower optim.lr would be a start")
 
     def __enter__(self) -> Self:
         return self

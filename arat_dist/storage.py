@@ -1,6 +1,7 @@
 """Where runs live: a folder or any fsspec URI, with the few operations that a run needs.
 
-On a local disk a file appears whole or not at all (temporary name, fsync, rename); object stores do so by themselves.
+On a local disk a file appears whole or not at all (temporary name, fsync, rename), and in the order of writing, also
+after a power cut; object stores do so by themselves.
 """
 
 from __future__ import annotations
@@ -83,6 +84,9 @@ class Storage:
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
+        # Its name, and that of its folder, which may be new: what is deleted next must not be gone without them.
+        for folder in (target.parent, target.parent.parent):
+            _sync_names(folder)
 
     def append(self, name: str, content: bytes) -> None:
         """Add to a file, all or nothing. Object stores can't add: there the whole file is written again."""
@@ -119,6 +123,16 @@ class Storage:
     def _size(self, name: str) -> int:
         self._fs.invalidate_cache(self._root)
         return self._fs.size(self.path(name))
+
+
+def _sync_names(folder: Path) -> None:
+    """Have the names in a folder reach the disk; some network file systems know no such thing."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def absolute_path(path: str) -> str:

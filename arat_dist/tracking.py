@@ -162,6 +162,7 @@ class Replica:
             last = max((line["time_s"] for line in self._run.metrics()), default=0.0)
             start_ms = round(1000 * (time.time() - last))
             notes = {"tracking_uri": self.uri, "token": uuid.uuid4().hex, "start_ms": start_ms}
+        if notes != self._run.folder.read_json(MLFLOW):
             self._run.folder.write_json(MLFLOW, notes)
         if "run_id" in notes:
             try:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from arat_dist.agreement import Agreement, Wish
 from arat_dist.averaging import Average, build_averages, restate
-from arat_dist.checkpoint import checkpoint_names, load_newest
+from arat_dist.checkpoint import checkpoint_name, load_newest
 from arat_dist.config import Recipe
 from arat_dist.data.loader import train_loader
 from arat_dist.data.manifest import Manifest, load_manifest
@@ -147,10 +147,10 @@ def train_watched(recipe: Recipe, run: Run, rank: Rank, beat: Callable[[], None]
                         saver.submit(copy, None if wish is Wish.STOP or done == stop else finite)
                 agreement.saved()
             if wish is Wish.STOP and done < stop:
-                saver.finish()
+                saver.finish(rank)
                 raise StoppedError(done)
             beat()
-        saver.finish()
+        saver.finish(rank)
 
     weights, classifier = result_of(objective, averages)
     with engine.gathered(), averaged_statistics(classifier, rank):
@@ -162,7 +162,7 @@ def train_watched(recipe: Recipe, run: Run, rank: Rank, beat: Callable[[], None]
         "world_size": rank.world_size,
         **result.summary(),
         "weights": weights,
-        "checkpoint": (run.checkpoints / checkpoint_names(run.checkpoints)[-1]).uri if rank.is_first else None,
+        "checkpoint": (run.checkpoints / checkpoint_name(stop)).uri if rank.is_first else None,
         **log.summary(),
     }
 

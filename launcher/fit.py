@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from arat_dist.checkpoint import checkpoint_names
+from arat_dist.checkpoint import checkpoint_names, load_newest
 from arat_dist.config import (
     ARRESTConfig,
     AttackConfig,
@@ -90,7 +90,8 @@ def clean_start(recipe: Recipe, run: Run) -> tuple[Recipe, Run] | None:
     objective, model = recipe.objective, recipe.model
     if not isinstance(objective, ARRESTConfig) or model.pretrained or model.checkpoint is not None:
         return None
-    if checkpoint_names(run.checkpoints):
+    # Not one that a first save left half way: the workers would begin with weights that nobody has trained.
+    if load_newest(run.checkpoints) is not None:
         return None
     if not run.storage.is_local:
         raise UserError(

@@ -101,6 +101,27 @@ def test_keeping_counts_whole_checkpoints_only_and_never_drops_the_new_one(folde
     assert_is(load_newest(folder), 15)
 
 
+def test_a_run_that_went_back_deletes_only_what_lies_before_and_writes_over_what_lies_beyond(folder, monkeypatch):
+    """What couldn't be read at its start may be good again tomorrow; from a first new file on it is nothing."""
+    for step in (10, 20, 30):
+        save_checkpoint(folder, make(step), keep=9)
+    save_checkpoint(folder, make(15), keep=1)
+    assert checkpoint_names(folder) == [f"step_{step:08d}" for step in (15, 20, 30)]
+    (folder / "step_00000020").write("model.safetensors", b"damaged")
+
+    def killed(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(folder, make(20), keep=1)
+    assert not (folder / "step_00000020").exists(MANIFEST)
+    save_checkpoint(folder, make(20), keep=1)
+    assert checkpoint_names(folder) == ["step_00000020", "step_00000030"]
+    assert_is(load_checkpoint(folder / "step_00000020"), 20)
+
+
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "gone"])
 def test_a_damaged_one_is_named_and_passed_over(folder, file, damage, caplog):
@@ -121,7 +142,11 @@ def test_a_damaged_one_is_named_and_passed_over(folder, file, damage, caplog):
 
 
 @pytest.mark.parametrize(
-    "manifest", ["[]", "null", "3", "{}", '{"step": "x", "sha256": {}}', '{"step": 20, "sha256": {}}', '{"step": 20}']
+    "manifest",
+    [
+        *("[]", "null", "3", "{}", '{"step": "x", "sha256": {}}', '{"step": 20, "sha256": {}}', '{"step": 20}'),
+        '{"step": 1e999, "sha256": {}}',
+    ],
 )
 def test_a_manifest_of_another_shape_is_passed_over(folder, manifest):
     save_checkpoint(folder, make(10), keep=3)
@@ -197,6 +222,74 @@ def test_what_the_check_raises_ends_a_save_before_it_is_one(folder):
         assert_is(load_newest(folder), 10)
     save_checkpoint(folder, make(20), keep=1)
     assert_is(load_newest(folder), 20)
+
+
+def test_who_was_overtaken_deletes_nothing_that_others_may_rely_on(folder, monkeypatch):
+    """Neither the checkpoint before, once its own is whole, nor, when a write fails, the folder that is theirs now."""
+    save_checkpoint(folder, make(10), keep=1)
+    calls = 0
+
+    def check():
+        nonlocal calls
+        calls += 1
+        if calls > len(FILES) + 1:
+            raise SupersededError("others are at work")
+
+    with pytest.raises(SupersededError):
+        save_checkpoint(folder, make(20), keep=1, check=check)
+    assert checkpoint_names(folder) == ["step_00000010", "step_00000020"]
+
+    write = Storage.write
+
+    def overtaken(self, name, content):
+        monkeypatch.setattr(Storage, "write", write)
+        save_checkpoint(folder, make(30), keep=1)  # by the others
+        nonlocal calls
+        calls = 100
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    calls = 0
+    monkeypatch.setattr(Storage, "write", overtaken)
+    with pytest.raises(SupersededError):
+        save_checkpoint(folder, make(30), keep=1, check=check)
+    assert_is(load_newest(folder), 30)
+
+
+def test_a_save_whose_retirement_fails_is_one_all_the_same(folder, monkeypatch, caplog):
+    """The next one makes up for it."""
+    save_checkpoint(folder, make(10), keep=1)
+    delete = Storage.delete
+
+    def busy(self, name):
+        if name.startswith("step_"):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        delete(self, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "delete", busy)
+        assert save_checkpoint(folder, make(20), keep=1) == "step_00000020"
+    assert "older checkpoints can't be retired now: " in caplog.text
+    assert checkpoint_names(folder) == ["step_00000010", "step_00000020"]
+    save_checkpoint(folder, make(30), keep=1)
+    assert checkpoint_names(folder) == ["step_00000030"]
+
+
+@pytest.mark.parametrize("file", [MANIFEST, "about.json"])
+def test_the_best_one_is_not_retired_because_it_cannot_be_read_for_a_moment(folder, monkeypatch, file):
+    save_checkpoint(folder, make(10, robust_accuracy=0.5), keep=1)
+    save_checkpoint(folder, make(20, robust_accuracy=0.4), keep=1)
+    read = Storage.read
+
+    def failing(self, name):
+        if self.path(name).endswith(f"step_00000010/{file}"):
+            raise OSError(errno.EIO, "Input/output error")
+        return read(self, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "read", failing)
+        save_checkpoint(folder, make(30), keep=1)
+    save_checkpoint(folder, make(40), keep=1)
+    assert checkpoint_names(folder) == ["step_00000010", "step_00000040"]
 
 
 def test_a_crash_at_any_write_of_a_save_loses_nothing(folder, monkeypatch):

@@ -15,6 +15,8 @@ from arat_dist.preflight import check_recipe
 TOY = {"name": "resnet10t", "args": {"channels": [8, 8, 8, 8], "stem_width": 8, "zero_init_last": False}}
 GROUP_NORM = {"name": "resnet50_gn", "args": {"channels": [32, 32, 32, 32], "layers": [1, 1, 1, 1]}}
 
+NFNET = {"name": "dm_nfnet_f0", "args": {"depths": [1, 1, 1, 1], "channels": [256] * 4, "num_features": 128}}
+
 NARROW = {"depth": 1, "embed_dim": 24}
 ZERO3 = {"kind": "deepspeed", "zero_stage": 3}
 VIT = {"name": "vit_tiny_patch16_224", "args": {**NARROW, "dynamic_img_size": True}}
@@ -69,6 +71,11 @@ def test_a_recipe_that_can_run_passes(sets: Sets):
         ({"engine": ZERO3, "train": {"compile": True}}, "engine.zero_stage: 3:", "train.compile; 2 would be right"),
         ({"engine": ZERO3, "train": {"grad_checkpointing": True}}, "engine.zero_stage: 3:", "train.grad_checkpointing"),
         ({"engine": ZERO3, "track": {"diagnostics_every": 2}}, "engine.zero_stage: 3:", "track.diagnostics_every"),
+        (
+            {"engine": {"kind": "deepspeed"}, "model": NFNET, "objective": {"name": "at"}},
+            "engine.kind: deepspeed: can't train dm_nfnet_f0, some of",
+            "(stages.0.0.skipinit_gain); ddp would be right",
+        ),
         ({"train": {"swa_start_epoch": 2, "max_steps": 10}}, "train.swa_start_epoch: 2: ends with step 11", "step 10"),
         ({"train": {"norm_samples": 1}}, "train.norm_samples: 1: at least 2 a worker", "(1)"),
         (

@@ -94,13 +94,13 @@ def test_parts_add_up_to_the_whole_on_one_rank_and_on_two(tmp_path):
 
 
 class Fp16Engine(DDPEngine):
-    """Counts its tries."""
+    """Counts its tries; `factor` spoils the loss."""
 
-    tries = 0
+    tries, factor = 0, 1.0
 
     def backward(self, loss: torch.Tensor) -> None:
         self.tries += 1
-        super().backward(loss)
+        super().backward(loss * self.factor)
 
 
 def fp16_engine(scale: float) -> Fp16Engine:
@@ -157,10 +157,29 @@ def test_a_state_without_a_scale_leaves_the_own_one():
     assert engine.loss_scale == 2.0**8
 
 
-def test_a_gradient_that_is_no_number_ends_the_run():
+def test_a_step_that_is_no_number_at_any_scale_is_skipped_and_says_nothing_of_scales():
+    """Neither weights nor momentum move, and the next step is taken at once, at the scale of the one before."""
     engine = fp16_engine(2.0**8)
-    with torch.no_grad():
-        next(engine.objective.parameters()).fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="no number at any loss scale"):
+    fp16_step(engine)
+    before = {name: value.clone() for name, value in engine.objective.named_parameters()}
+    momentum = [value.clone() for value in engine.held().optimizer_state]
+    engine.tries, engine.factor = 0, float("inf")
+    compute_gradients(engine, [Batch(*toy_batch())], 1 / 12, lambda: None)
+    assert not engine.step().isfinite()
+    assert 1 < engine.tries < 30
+    assert all(torch.equal(value, before[name]) for name, value in engine.objective.named_parameters())
+    assert all(torch.equal(a, b) for a, b in zip(engine.held().optimizer_state, momentum, strict=True))
+    engine.tries, engine.factor = 0, 1.0
+    num_overflows, after = fp16_step(engine)
+    assert (num_overflows, engine.tries, engine.loss_scale) == (0, 1, 2.0**8)
+    assert not any(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_the_scale_grows_after_enough_steps():
+    engine = fp16_engine(2.0**8)
+    engine._scaler.set_growth_interval(2)
+    scales = []
+    for _ in range(4):
         fp16_step(engine)
-    assert engine.tries < 30
+        scales.append(engine.loss_scale)
+    assert scales == [2.0**8, 2.0**9, 2.0**9, 2.0**10]

@@ -1,5 +1,6 @@
 """The same operations on a plain folder, on file:// and on an object store (fsspec's memory)."""
 
+import errno
 import os
 import uuid
 from pathlib import Path
@@ -69,14 +70,34 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path, monkeypat
     assert storage.read("x") == b"old"
 
 
-def test_a_write_reaches_the_disk_before_the_name_does(tmp_path, monkeypatch):
+def test_a_write_reaches_the_disk_before_the_name_does_and_the_name_before_what_comes_next(tmp_path, monkeypatch):
+    """The name of a new folder too: else a power cut might take a checkpoint, but not the deletion of the last one."""
     events = []
     fsync, replace = os.fsync, Path.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (events.append("fsync"), fsync(fd))[1])
+
+    def noted(fd: int) -> None:
+        events.append(os.readlink(f"/proc/self/fd/{fd}").removeprefix(str(tmp_path)))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", noted)
     monkeypatch.setattr(Path, "replace", lambda self, to: (events.append("rename"), replace(self, to))[1])
-    Storage(str(tmp_path)).write("x", b"content")
-    assert events == ["fsync", "rename"]
-    assert os.listdir(tmp_path) == ["x"]
+    Storage(str(tmp_path / "new")).write("x", b"content")
+    assert events == [f"/new/.x.{os.getpid()}", "rename", "/new", ""]
+    assert os.listdir(tmp_path / "new") == ["x"]
+
+
+def test_a_disk_that_syncs_no_folders_is_written_to_all_the_same(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def refusing(fd: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{fd}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", refusing)
+    storage = Storage(str(tmp_path))
+    storage.write("x", b"content")
+    assert storage.read("x") == b"content"
 
 
 def test_a_scheme_without_a_driver_is_the_users_error():

@@ -213,6 +213,14 @@ def test_a_later_rank_with_nothing_left_to_do_has_a_summary(tmp_path):
     assert log.summary() == {"train_images_per_second": None, "losses": {}}
 
 
+def test_the_summary_names_the_last_checkpoint_and_not_what_broke_off_beyond(sets: Sets, tmp_path):
+    """As a launch with more steps leaves it that was killed while it wrote."""
+    run = Run(str(tmp_path), "run")
+    (run.checkpoints / "step_00000005").write("model.safetensors", b"half")
+    _, summary = start(toy_recipe(sets, train={"max_steps": 3}), tmp_path)
+    assert summary["checkpoint"] == run.checkpoints.path("step_00000003")
+
+
 def test_fewer_steps_than_done_are_those_done(sets: Sets, tmp_path):
     start(toy_recipe(sets, train={"max_steps": 3}), tmp_path)
     _, summary = start(toy_recipe(sets, train={"max_steps": 2}), tmp_path)
@@ -443,10 +451,12 @@ def spoil(steps: set[int], monkeypatch: pytest.MonkeyPatch, *, once: bool = Fals
     monkeypatch.setattr(Objective, "forward", spoiled)
 
 
-def test_a_step_that_is_no_number_is_as_if_it_had_not_been(sets: Sets, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_step_that_is_no_number_is_as_if_it_had_not_been(sets: Sets, tmp_path, monkeypatch, caplog, precision):
     """Weights, momentum and running statistics are those before it; its samples are named; the line leaves it out."""
-    keys = {"checkpoint_every": 1, "log_every": 4, "epochs": 2}
-    recipe = toy_recipe(sets, objective={"name": "at"}, train=keys)
+    keys = {"checkpoint_every": 1, "log_every": 4, "epochs": 2, "precision": precision}
+    model = {"name": "cifar_resnet18", "args": {"channels": [8, 8, 8, 8]}}
+    recipe = toy_recipe(sets, objective={"name": "at"}, model=model, train=keys)
     with monkeypatch.context() as patch:
         spoil({2, 5, 6, 10}, patch)
         run, summary = start(recipe, tmp_path)
@@ -475,6 +485,29 @@ def test_a_step_that_is_no_number_is_as_if_it_had_not_been(sets: Sets, tmp_path,
     mean = sum(line["loss"] for line in fine.metrics()[:2])
     assert run.metrics()[0]["loss"] != pytest.approx(sum(line["loss"] for line in fine.metrics()[:4]) / 4)
     assert run.metrics()[0]["loss"] * 3 - mean > 0
+
+
+def test_a_skipped_step_reaches_neither_averages_nor_counts_nor_diagnostics(sets: Sets, tmp_path, monkeypatch):
+    """Though all of them look at the net, or were moved by its pass, in every step."""
+    keys = {"checkpoint_every": 1, "log_every": 1, "max_steps": 9, "ema_decay": 0.8}
+    # Epochs are 5.5 steps long: the first one ends amid step 5.
+    recipe = toy_recipe(sets, train=keys, track={"diagnostics_every": 1, "mlflow": False})
+    with monkeypatch.context() as patch:
+        spoil({1, 5, 6}, patch)
+        run, _ = start(recipe, tmp_path)
+    order, lines = sample_order(recipe), run.metrics()
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    assert ["gradient_cosine" in line and "branch_mean_distance" in line for line in lines] == [
+        step not in {1, 5, 6} for step in range(9)
+    ]
+    final = newest(run)
+    for state in final.weights.values():
+        assert all(value.isfinite().all() for value in state.values())
+    # Since the end of the first epoch, after step 5.
+    assert order.ends_epoch(5)
+    assert final.weights["model"]["counts"][1] == sum(order.batch_size_at(step) for step in (7, 8))
+    right = sum(round(lines[step]["clean_accuracy"] * 8) for step in (0, 2, 3, 4))
+    assert lines[7]["adv_weight"] == pytest.approx(right / (4 * 8))
 
 
 def test_a_fault_that_passes_costs_a_way_back_and_no_more(sets: Sets, tmp_path, monkeypatch, caplog):

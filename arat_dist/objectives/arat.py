@@ -91,7 +91,9 @@ class ARAT(Objective):
         """With balance auto: w_adv becomes the clean branch's accuracy over the epoch's own forward passes."""
         self.sync(all_reduce)
         if self.config.balance == "auto":
-            self.adv_weight.copy_(self.counts[0] / self.counts[1])
+            # As it was after an epoch whose every step was skipped: nothing was counted.
+            right, seen = self.counts.to(self.adv_weight).unbind()
+            self.adv_weight.copy_(torch.where(seen > 0, right / seen, self.adv_weight))
         self.counts.zero_()
 
     def _target(self, features: Tensor) -> Tensor:

@@ -312,7 +312,7 @@ save_checkpoint(folder, Checkpoint(20, weights, {"state": {}}, {"rows": torch.on
 def test_a_save_killed_at_any_file_boundary_leaves_a_good_checkpoint(tmp_path):
     """kill -9 before every rename, fsync, deletion and new folder of a save."""
     died = 0
-    for die_at in range(60):
+    for die_at in range(120):
         folder = Storage(tmp_path / str(die_at))
         weights = {"model": {"w": torch.full((8,), 10.0)}}
         save_checkpoint(folder, Checkpoint(10, weights, {"state": {}}, {}), keep=1)

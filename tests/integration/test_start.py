@@ -48,6 +48,15 @@ def test_the_frozen_net_is_the_clean_one_that_was_trained_first(digits, tmp_path
     assert not (tmp_path / "two").exists()
 
 
+def test_a_first_save_that_broke_off_is_nothing_to_go_on_from(digits, tmp_path):
+    """The run still needs its clean start: without it, it would begin with weights that nobody has trained."""
+    recipe, run = load(digits, tmp_path), Run(str(tmp_path), "one")
+    (run.checkpoints / "step_00000004").write("model.safetensors", b"half")
+    start = clean_start(recipe, run)
+    assert start is not None
+    assert start[1].name == "one-clean"
+
+
 @pytest.mark.parametrize("name", [name for name in recipe_names() if name.endswith("_arrest")])
 def test_the_clean_start_of_a_shipped_recipe_keeps_its_schedule_in_proportion(name):
     recipe = load_recipe(name)

@@ -282,6 +282,14 @@ def test_balance_counts_all_ranks_and_fixed_stays():
     assert float(fixed.adv_weight) == pytest.approx(0.3)
 
 
+def test_an_epoch_in_which_nothing_was_counted_leaves_the_balance():
+    """All of its steps were skipped: 0 of 0 is no accuracy."""
+    arat = build(balance="auto")
+    before = float(arat.adv_weight)
+    arat.end_epoch(SUM)
+    assert float(arat.adv_weight) == before
+
+
 def test_the_attacks_start_is_the_same_however_the_batch_is_dealt():
     arat = build(norm_stats="running")
     images, labels, keys = toy_batch()
