@@ -12,9 +12,9 @@ from arat_dist.data.beton_writer import write_beton
 from arat_dist.data.manifest import check_beton
 from arat_dist.data.sources import open_source
 from arat_dist.errors import UserError
+from arat_dist.export_run import export_run
 from arat_dist.recipe import load_recipe
 from arat_dist.run import SUMMARY, Run
-from arat_dist.targets import export_run
 from launcher.fit import fit
 from launcher.progress import console
 

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from arat_dist.config import ModelConfig
 from arat_dist.errors import UserError
-from arat_dist.export import export_timm, load_exported, verify_export
+from arat_dist.export import handover, load_exported, new_folder, plain_net, verify_export, write_timm
 from arat_dist.models.classifier import Classifier, build_classifier
 
 STOCK = ModelConfig(name="resnet10t", args={"channels": (8, 16, 24, 40)}, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
@@ -36,9 +37,13 @@ def trained(model: ModelConfig, size: int = SIZE, split: Any = "batch") -> Class
     return classifier
 
 
-def export(classifier: Classifier, model: ModelConfig, out_dir, size: int = SIZE, **kwargs):
+def export(classifier: Classifier, model: ModelConfig, out_dir: Path, size: int = SIZE, **kwargs: Any) -> Path:
     names = [f"class {i}" for i in range(5)]
-    return export_timm(classifier.state_dict(), model, 5, size, out_dir, names, {"recipe": "r", "clean": 0.5}, **kwargs)
+    net = plain_net(classifier.state_dict(), model, 5, size)
+    about = handover(net, model, size, names, {"recipe": "r", "clean": 0.5}, **kwargs)
+    with new_folder(out_dir) as folder:
+        write_timm(folder, net, model, about)
+    return out_dir
 
 
 FRESH = """
@@ -161,6 +166,7 @@ def test_a_failing_export_leaves_the_earlier_one(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         export(trained(STOCK), STOCK, tmp_path / "out")
     assert verify_export(out_dir, first) <= 1e-4
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_user_errors_are_one_line(tmp_path):
@@ -170,4 +176,4 @@ def test_user_errors_are_one_line(tmp_path):
     with pytest.raises(UserError, match="timm can't load it"):
         load_exported(tmp_path)
     with pytest.raises(UserError, match="4 names; 5"):
-        export_timm({}, STOCK, 5, SIZE, tmp_path / "x", ["a", "b", "c", "d"], {})
+        handover(trained(STOCK).backbone, STOCK, SIZE, ["a", "b", "c", "d"], {})
