@@ -80,6 +80,7 @@ def plain_net(state: Mapping[str, Tensor], model: ModelConfig, num_classes: int,
 class Handover:
     """What whoever loads a net has to know beside its weights.
 
+    num_classes: number of logits.
     image_size: side of the square pictures, in pixels.
     mean, std: of the pixels in [0,1] per channel.
     interpolation, crop_pct: how pictures of another size come to it, as timm understands it.
@@ -87,6 +88,7 @@ class Handover:
     metadata: JSON-ready notes, kept under "arat_dist".
     """
 
+    num_classes: int
     image_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -115,6 +117,7 @@ def handover(
         raise UserError(f"class_names: {len(class_names)} names; {num_classes}, one per logit, would be right")
     cfg = pretrained_cfg(backbone)
     return Handover(
+        num_classes,
         image_size,
         model.mean or cfg["mean"],
         model.std or cfg["std"],

@@ -129,7 +129,7 @@ def _notes(about: Handover, opset: int) -> Mapping[str, Any]:
             "interpolation": about.interpolation,
             "crop_pct": about.crop_pct,
         },
-        "output": {"name": LOGITS, "dtype": "float32", "shape": ["batch", "classes"], "softmax": False},
+        "output": {"name": LOGITS, "dtype": "float32", "shape": ["batch", about.num_classes], "softmax": False},
         "label_names": None if about.class_names is None else list(about.class_names),
         METADATA_KEY: dict(about.metadata),
     }

@@ -86,7 +86,7 @@ def default_formats(recipe: Recipe) -> tuple[Format, ...]:
 
 
 def data_sets(run: Run, recipe: Recipe) -> list[DataSet]:
-    """What is known of the recipe's two sets here: of one that has been moved away, its name."""
+    """What is known of the recipe's two sets here: of one that was moved away or is another by now, its name."""
     known = {"train": run.folder.read_json(DATA).get("train_sha256")}
     return [
         _data_set(role, path, known.get(role))
@@ -98,6 +98,8 @@ def _data_set(role: str, path: str, sha256: str | None) -> DataSet:
     if not Path(path).exists():
         return DataSet(role, data_name(path), sha256=sha256)
     manifest = load_manifest(path)
+    if sha256 not in (None, manifest.sha256):
+        return DataSet(role, data_name(path), sha256=sha256)
     return DataSet(role, data_name(path), manifest.num_samples, manifest.sha256, manifest.class_names)
 
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard
 
 from arat_dist.config import Recipe
 from arat_dist.export import OWN_NETS, Handover, is_own_net
+from arat_dist.hub_metadata import base_model, front_matter, radius
 from arat_dist.measured import Measurement
 
-_TASK = "image-classification"
 _MAX_NAMES = 20
 """Class names that the card lists; config.json and model.json hold them all."""
 
@@ -87,51 +87,8 @@ def render(card: Card) -> str:
         "## Licence\n\nNone is stated: that is for whoever publishes these weights to choose, as `license:` at the top "
         "of this file. The data, and the weights that training began with if there were any, may limit the choice.",
     ]
-    return str(ModelCard(f"---\n{front_matter(card).to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
-
-
-def front_matter(card: Card) -> ModelCardData:
-    """What the hub reads. It has no licence in it."""
-    library = "timm" if "timm" in card.formats else "onnx"
-    return ModelCardData(
-        library_name=library,
-        pipeline_tag=_TASK,
-        tags=sorted({_TASK, *card.formats, "adversarial-robustness", card.recipe.objective.name}),
-        base_model=_base_model(card.recipe),
-        model_name=card.name,
-        eval_results=list(_eval_results(card)) or None,
-    )
-
-
-def _base_model(recipe: Recipe) -> str | None:
-    """Name on the hub of the weights that training began with, if they were timm's."""
-    if not recipe.model.pretrained or is_own_net(recipe.model.name):
-        return None
-    cfg = timm.get_pretrained_cfg(recipe.model.name)
-    if cfg is None or not cfg.hf_hub_id:
-        return None
-    return f"{cfg.hf_hub_id}{cfg.architecture}.{cfg.tag}" if cfg.hf_hub_id.endswith("/") else cfg.hf_hub_id
-
-
-def _eval_results(card: Card) -> Iterator[EvalResult]:
-    """Every accuracy in the form of the hub's model-index."""
-    seen = set()
-    for each in card.measured:
-        values = [("accuracy", "Clean accuracy", each.clean_accuracy)]
-        if each.robust_accuracy is not None:
-            name = f"Robust accuracy ({each.attack}, {each.norm}, eps {radius(each.norm, each.eps)})"
-            values.append(("robust_accuracy", name, each.robust_accuracy))
-        for metric, name, value in values:
-            if (each.data, each.num_samples, name) not in seen:
-                seen.add((each.data, each.num_samples, name))
-                yield EvalResult(
-                    task_type=_TASK,
-                    dataset_type=each.data,
-                    dataset_name=f"{each.data} ({each.num_samples} pictures)",
-                    metric_type=metric,
-                    metric_name=name,
-                    metric_value=value,
-                )
+    head = front_matter(card.name, card.recipe, card.formats, card.measured)
+    return str(ModelCard(f"---\n{head.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n"))
 
 
 def _is_standard(card: Card) -> bool:
@@ -147,7 +104,7 @@ def _summary(card: Card) -> str:
     size = f"{about.image_size}x{about.image_size}"
     kind = {"raw": "the weights as trained", "ema": "their moving average (EMA)", "swa": "their even average (SWA)"}
     start = ""
-    if base := _base_model(card.recipe):
+    if base := base_model(card.recipe):
         start = f" Training began with the weights `{base}`."
     elif model.pretrained or model.checkpoint is not None:
         start = " Training began with given weights."
@@ -200,7 +157,9 @@ def _loading(card: Card) -> Iterator[str]:
     about = card.about
     if "timm" in card.formats:
         own = is_own_net(card.recipe.model.name)
-        imports = f"import {OWN_NETS}  # registers the architecture with timm: pip install arat-dist\n" if own else ""
+        imports = (
+            f"import {OWN_NETS}  # of the package arat-dist: registers the architecture with timm\n" if own else ""
+        )
         yield "\n".join(
             [
                 "With timm; `FOLDER` is where this file lies, or say `hf-hub:USER/NAME` once it is on the hub:\n",
@@ -276,7 +235,10 @@ def _data(card: Card) -> str:
 
 
 def _recipe(card: Card) -> str:
-    rows = [[key, ", ".join(f"{k}={v}" for k, v in values.items())] for key, values in _settings(card.recipe).items()]
+    rows = [
+        [key, ", ".join(f"{k}: {v if isinstance(v, str) else json.dumps(v)}" for k, v in values.items())]
+        for key, values in _settings(card.recipe).items()
+    ]
     return table(["section", "settings"], rows) + f"\n\nSHA-256 of the resolved recipe: `{card.recipe.sha256()}`"
 
 
@@ -297,7 +259,7 @@ def _settings(recipe: Recipe) -> dict[str, dict[str, Any]]:
         sections["attack"]["step_size"] = radius(attack.norm, attack.step_size)
     if recipe.objective.name == "standard":
         del sections["attack"]
-    objective = recipe.objective.model_dump(mode="json", exclude={"teacher"})
+    objective = {"name": recipe.objective.name} | recipe.objective.model_dump(mode="json", exclude={"teacher"})
     order = {"model": sections["model"], "objective": objective}
     # What is left to the method or the net says nothing.
     return {
@@ -307,11 +269,6 @@ def _settings(recipe: Recipe) -> dict[str, dict[str, Any]]:
 
 
 # Words --------------------------------------------------------------------------------------------------------------
-
-
-def radius(norm: str, eps: float) -> str:
-    """Eps as people write it: linf in 255ths."""
-    return f"{eps * 255:.3g}/255" if norm == "linf" else f"{eps:.4g}"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
