@@ -58,7 +58,9 @@ def _eval_results(measured: Sequence[Measurement]) -> Iterator[EvalResult]:
                 yield EvalResult(
                     task_type=_TASK,
                     dataset_type=each.data,
-                    dataset_name=f"{each.data} ({each.num_samples} pictures)",
+                    dataset_name=each.data,
+                    # What sets two results of one set apart; under the same name the first one's would be shown.
+                    dataset_config=f"{each.num_samples} pictures",
                     metric_type=metric,
                     metric_name=name,
                     metric_value=value,

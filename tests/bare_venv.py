@@ -15,15 +15,18 @@ def bare_python(folder: Path, *packages: str) -> Path:
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
     (site,) = folder.glob("lib/python3*/site-packages")
     held = closure(packages)
-    for distribution_ in held.values():
-        for name in top_level(distribution_):
-            target = site / name
-            if not target.is_symlink():
-                target.symlink_to(Path(str(distribution_.locate_file(name))))
-    linked = {path.name for path in site.iterdir()}
-    strangers = {d.name: linked & top_level(d) for d in distributions() if canonicalize_name(d.name) not in held}
-    # A folder that several packages share would bring one along that isn't wanted.
-    assert not any(strangers.values()), strangers
+    strangers = {
+        name for other in distributions() if canonicalize_name(other.name) not in held for name in top_level(other)
+    }
+    for one in held.values():
+        for name in top_level(one):
+            # Of a folder that packages share, such as google, only what is theirs.
+            shared = name in strangers
+            for path in [file for file in one.files or () if file.parts[0] == name] if shared else [Path(name)]:
+                target = site / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if not target.is_symlink():
+                    target.symlink_to(Path(str(one.locate_file(path))))
     return folder / "bin" / "python"
 
 

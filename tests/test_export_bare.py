@@ -3,16 +3,22 @@
 Logits travel in files.
 """
 
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from bare_venv import bare_python, run_bare
-from exports import SIZE, STOCK, branch_logits, export, trained
+from exports import SIZE, STOCK, about, branch_logits, card, export, trained
+from PIL import Image
 
 from arat_dist.config import ModelConfig
+from arat_dist.export import load_exported
+from arat_dist.export_onnx import write_onnx
+from arat_dist.model_card import Card, render
 
 FAMILIES = {
     "resnet": (STOCK, SIZE, "batch"),
@@ -52,37 +58,73 @@ for target, pixels in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
 
 
 @pytest.fixture(scope="module")
-def python(tmp_path_factory) -> Path:
-    return bare_python(tmp_path_factory.mktemp("bare") / "venv", "timm")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("bare")
 
 
-def test_every_family_gives_the_attacked_branchs_logits(python, tmp_path):
+@pytest.fixture(scope="module")
+def expected(folder: Path) -> dict[str, list[np.ndarray]]:
+    """Logits of the adv and of the clean branch, by family, of the pixels in NAME.npy; the exports are loaded by then.
+
+    Starting torch takes longer than all the rest: one process loads them all, the last one from a hub.
+    """
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
     arguments, expected = [], {}
     for family, (model, size, split) in FAMILIES.items():
         classifier = trained(model, size, split)
-        out_dir = export(classifier, model, tmp_path / family, size)
+        out_dir = export(classifier, model, folder / family, size)
         pixels = torch.rand(3, 3, size, size)
-        np.save(tmp_path / f"{family}.npy", pixels.numpy())
-        arguments += [f"local-dir:{out_dir}", str(tmp_path / f"{family}.npy")]
+        np.save(folder / f"{family}.npy", pixels.numpy())
+        arguments += [f"local-dir:{out_dir}", str(folder / f"{family}.npy")]
         expected[family] = [branch_logits(classifier, pixels, branch).numpy() for branch in ("adv", "clean")]
-    run_bare(python, "-c", LOADS, *arguments, cwd=tmp_path)
-    for family, (adv, clean) in expected.items():
-        found = np.load(tmp_path / f"{family}.logits.npy")
-        np.testing.assert_allclose(found, adv, rtol=0, atol=1e-4, err_msg=family)
-        if FAMILIES[family][2] != "none":
-            assert np.abs(found - clean).max() > 1e-2, family
 
-
-def test_it_loads_from_the_hub_as_well(python, tmp_path):
-    """The hub's layout, as its client keeps it on disk: the client finds it there without a network."""
-    classifier = trained(STOCK)
-    repository, commit = tmp_path / "hub/models--user--net", "0" * 40
+    # A hub's repository as its client keeps it on disk, where it is found without a network.
+    repository, commit = folder / "hub/models--user--net", "0" * 40
     (repository / "refs").mkdir(parents=True)
     (repository / "refs/main").write_text(commit)
-    shutil.copytree(export(classifier, STOCK, tmp_path / "out"), repository / "snapshots" / commit)
-    pixels = torch.rand(3, 3, SIZE, SIZE)
-    np.save(tmp_path / "pixels.npy", pixels.numpy())
-    arguments = ["hf-hub:user/net", str(tmp_path / "pixels.npy")]
-    run_bare(python, "-c", LOADS, *arguments, cwd=tmp_path, HF_HUB_CACHE=str(tmp_path / "hub"))
-    found = np.load(tmp_path / "pixels.logits.npy")
-    np.testing.assert_allclose(found, branch_logits(classifier, pixels, "adv").numpy(), rtol=0, atol=1e-4)
+    shutil.copytree(folder / "resnet", repository / "snapshots" / commit)
+    shutil.copy(folder / "resnet.npy", folder / "hub.npy")
+    arguments += ["hf-hub:user/net", str(folder / "hub.npy")]
+
+    facts = card(crop_pct=0.95, name="resnet")
+    (code,) = python_code(facts, folder / "resnet", folder / "picture.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 60, 3), dtype=np.uint8)).save(folder / "picture.png")
+    script = f"{LOADS}\n{code}\nnp.save('card.npy', logits.detach().numpy())"
+    python = bare_python(folder / "venv", "timm")
+    run_bare(python, "-c", script, *arguments, cwd=folder, HF_HUB_CACHE=str(folder / "hub"))
+    return expected
+
+
+def python_code(facts: Card, folder: Path, picture: Path) -> list[str]:
+    """The code that a card shows, for a folder and a picture."""
+    found = re.findall(r"```python\n(.*?)```", render(facts), flags=re.DOTALL)
+    return [code.replace("FOLDER", str(folder)).replace("PICTURE", str(picture)) for code in found]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_timm_alone_gives_the_attacked_branchs_logits(family, folder, expected):
+    adv, clean = expected[family]
+    found = np.load(folder / f"{family}.logits.npy")
+    np.testing.assert_allclose(found, adv, rtol=0, atol=1e-4)
+    if FAMILIES[family][2] != "none":
+        assert np.abs(found - clean).max() > 1e-2
+
+
+def test_it_loads_from_the_hub_as_well(folder, expected):
+    np.testing.assert_array_equal(np.load(folder / "hub.logits.npy"), np.load(folder / "resnet.logits.npy"))
+
+
+def test_the_cards_code_runs_as_it_stands(folder, expected):
+    """With timm, and in an environment of onnxruntime and Pillow alone: the same picture, nearly the same logits."""
+    classifier = load_exported(folder / "resnet")
+    facts = about(classifier, STOCK, crop_pct=0.95)
+    write_onnx(folder, classifier.backbone, facts)
+    (code,) = python_code(replace(card(formats=("onnx",)), about=facts), folder, folder / "picture.png")
+    script = f"import sys\n{code}\nassert not {{'torch', 'timm'}} & set(sys.modules)\nnp.save('onnx.npy', logits)"
+    python = bare_python(folder / "onnx-venv", "onnxruntime", "pillow")
+    run_bare(python, "-c", script, cwd=folder)
+    by_timm, by_onnx = np.load(folder / "card.npy"), np.load(folder / "onnx.npy")
+    assert by_timm.shape == by_onnx.shape == (1, 5)
+    # One cuts before it shrinks, the other behind: edges differ by parts of a pixel.
+    np.testing.assert_allclose(by_timm, by_onnx, rtol=0, atol=0.1 * np.abs(by_timm).max())

@@ -40,6 +40,7 @@ def run(file: Path, pixels: Tensor) -> np.ndarray:
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
     (logits,) = session.run(["logits"], {"pixels": pixels.numpy()})
+    assert isinstance(logits, np.ndarray)
     return logits
 
 
