@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -44,6 +45,8 @@ def new_folder(out_dir: str | Path) -> Iterator[Path]:
     Raises:
         UserError: out_dir holds something that isn't an export, or can't be written.
     """
+    if re.match(r"[a-z0-9]+:/", str(out_dir)):
+        raise UserError(f"{out_dir}: a folder of this machine would be right")
     out_dir = Path(out_dir).resolve()
     _check_target(out_dir)
     temporary = out_dir.with_name(f".{out_dir.name}.{os.getpid()}")

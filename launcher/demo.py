@@ -32,7 +32,7 @@ def demo(overrides: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     robust = fit(recipe, NAME)
     standard = fit(contrast, CONTRAST)
     run = Run(recipe.cluster.storage, NAME)
-    exported = export_run(run, Path(run.folder.uri) / "export")
+    exported = export_run(run, Path(run.folder.uri if run.storage.is_local else NAME) / "export")
     summary = robust | {
         "export": str(exported.folder),
         "export_max_difference": exported.max_difference,

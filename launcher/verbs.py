@@ -154,8 +154,8 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
     ]
     if exported.formats == ("timm", "onnx"):
         lines.append(
-            "timm alone doesn't know this architecture, so model.onnx is in the folder as well: "
-            f"onnxruntime.InferenceSession('{exported.folder}/model.onnx') needs nothing else"
+            f"timm alone doesn't know this architecture, so {exported.folder}/model.onnx is there as well, which needs "
+            "onnxruntime and nothing else"
         )
     _print_unless_json(args, *lines)
     return {
