@@ -18,7 +18,7 @@ class Measurement:
     """One evaluation. Accuracies are fractions of 1, eps is in pixel units of [0,1].
 
     data: the set, as `data_name` calls it.
-    attack: its name; "none" leaves robust_accuracy at None.
+    attack: its name and what else sets it apart; "none" leaves robust_accuracy at None.
     parts: of an attack that is several in a row, each one's name and the robust accuracy after it and all before.
     corruptions: name, severity and accuracy of each.
     warnings: what spoke against the figures.
@@ -49,9 +49,12 @@ def measurements(run: Run, weights: str, step: int, val: str) -> list[Measuremen
     if summary := final_summary(run, weights, step):
         found.append(_measurement(summary, summary["robust_attack"], val))
     return found + [
-        _measurement(result, result["attack"], result.get("data") or val)
+        _measurement(result, _attack(result), result.get("data") or val)
         for result in _results(run)
-        if result.get("weights") in (None, weights) and result.get("step") in (None, step)
+        if result.get("weights") in (None, weights)
+        and result.get("step") in (None, step)
+        # The clean branch stays here.
+        and result.get("branch") in (None, "adv")
     ]
 
 
@@ -72,6 +75,18 @@ def _results(run: Run) -> Iterator[Mapping[str, Any]]:
     for name in folder.names():
         if result := (folder / name).read_json(RESULT):
             yield result
+
+
+def _attack(result: Mapping[str, Any]) -> str:
+    """An evaluation's attack in words: figures of other restarts, precisions or pictures made elsewhere are others."""
+    words = [result["attack"]]
+    if restarts := result.get("restarts"):
+        words.append(f"x{restarts}")
+    if (precision := result.get("precision", "fp32")) != "fp32":
+        words.append(f"in {precision}")
+    if result.get("transfer_from"):
+        words.append("transferred from another net")
+    return " ".join(words)
 
 
 def _measurement(result: Mapping[str, Any], attack: str, data: str) -> Measurement:

@@ -97,6 +97,14 @@ def test_figures_are_those_of_the_exported_weights(run: Run, tmp_path):
         "same": {},
         "other-weights": {"weights": "raw", "attack": "square"},
         "other-step": {"step": STEP - 1, "attack": "fab-t"},
+        "other-branch": {"branch": "clean", "attack": "apgd-ce"},
+        "transfer": {
+            "branch": "adv",
+            "transfer_from": "/far/net",
+            "precision": "bf16",
+            "restarts": 5,
+            "attack": "pgd9",
+        },
     }.items():
         (run.folder / "evaluations" / name).write_json("result.json", RESULT | changes)
     (run.folder / "evaluations/unfinished").write("verdicts.parquet", b"")
@@ -107,9 +115,12 @@ def test_figures_are_those_of_the_exported_weights(run: Run, tmp_path):
     assert "- Gradients vanish." in text
     assert "square" not in text
     assert "fab-t" not in text
+    assert "apgd-ce" not in text
+    assert "| pgd9 x5 in bf16 transferred from another net | l2 | 0.5 |" in text
+    assert "far" not in text
     data = ModelCard.load(tmp_path / "out/README.md", ignore_metadata_errors=False).data
     assert isinstance(data, ModelCardData)
-    assert [each.metric_value for each in data.eval_results or []] == [0.75, 0.5, 0.7, 0.125]
+    assert [each.metric_value for each in data.eval_results or []] == [0.75, 0.5, 0.7, 0.125, 0.125]
 
     text = text_of(export_run(run, tmp_path / "raw", "raw").folder)
     assert "| sets/val | 20 | 0.7000 | square | l2 | 0.5 | 0.1250 |" in text
