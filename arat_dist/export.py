@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
 from timm.models import model_entrypoint, save_for_hf
-from torch import Tensor
+from torch import Tensor, nn
 
 from arat_dist.config import ModelConfig
 from arat_dist.errors import UserError
@@ -23,75 +26,130 @@ from arat_dist.models.split_norm import AttackMode, fold_branch
 METADATA_KEY = "arat_dist"
 """Key of our own notes in config.json; timm ignores keys at the top level, but not those inside pretrained_cfg."""
 
+NOTES = ("config.json", "model.json")
+"""Files that may hold them: beside a timm checkpoint, and beside model.onnx."""
+
+OWN_NETS = "arat_dist.models"
+"""What has to be imported before timm knows the nets that are registered here."""
+
 MAX_LOGIT_DIFFERENCE = 1e-4
 """Largest difference between the logits of a net and of its export, in float32."""
 
 
-def export_timm(
-    state: Mapping[str, Tensor],
-    model: ModelConfig,
-    num_classes: int,
-    image_size: int,
-    out_dir: str | Path,
-    class_names: Sequence[str] | None,
-    metadata: Mapping[str, Any],
-    *,
-    crop_pct: float | None = None,
-) -> Path:
-    """Write the adv branch of a trained Classifier as a folder that timm loads, whole or not at all.
+@contextmanager
+def new_folder(out_dir: str | Path) -> Iterator[Path]:
+    """A folder to write an export into, under a name of its own: it takes out_dir's place when the context ends well.
 
-    Args:
-        state: the Classifier's state dict, split or not.
-        model: the backbone it was built from.
-        num_classes: number of logits.
-        image_size: side of the square pictures that it was trained on, in pixels.
-        out_dir: the folder; an earlier export in it is replaced.
-        class_names: name of each class, in the order of the logits; None where they are not known.
-        metadata: JSON-ready notes, kept in config.json under "arat_dist".
-        crop_pct: side of the centre crop that the net was evaluated on, as a fraction; default: timm's.
-
-    Returns:
-        The folder.
+    An earlier export in out_dir is replaced; it stays if anything fails, and nothing of the new one does.
 
     Raises:
-        UserError: out_dir holds something that isn't an export, or class_names are not num_classes.
+        UserError: out_dir holds something that isn't an export, or can't be written.
     """
+    if re.match(r"[a-z0-9]+:/", str(out_dir)):
+        raise UserError(f"{out_dir}: a folder of this machine would be right")
     out_dir = Path(out_dir).resolve()
     _check_target(out_dir)
-    if class_names is not None and len(class_names) != num_classes:
-        raise UserError(f"class_names: {len(class_names)} names; {num_classes}, one per logit, would be right")
-    backbone = create_backbone(
-        model.model_copy(update={"pretrained": False}), num_classes=num_classes, image_size=image_size
-    )
-    plain = fold_branch(state)
-    backbone.load_state_dict({key.removeprefix("backbone."): value for key, value in plain.items()})
-
-    cfg = pretrained_cfg(backbone)
-    data_config = {
-        "input_size": (3, image_size, image_size),
-        "mean": model.mean or cfg["mean"],
-        "std": model.std or cfg["std"],
-        "interpolation": cfg["interpolation"],
-        "crop_pct": crop_pct or cfg["crop_pct"],
-    }
-    top_level: dict[str, Any] = {METADATA_KEY: {**metadata, **_requirement(model.name)}}
-    if class_names is not None:
-        top_level["label_names"] = list(class_names)
-    if not model.pretrained:
-        # What timm notes on the origin of its own weights doesn't hold for weights that never were timm's.
-        top_level["pretrained_cfg"] = dict.fromkeys(("tag", "license", "origin_url"))
-
     temporary = out_dir.with_name(f".{out_dir.name}.{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"{out_dir}: {error.strerror}: a folder that can be written would be right") from error
-    save_for_hf(backbone, str(temporary), model_config=top_level, safe_serialization=True, data_config=data_config)
+    try:
+        yield temporary
+        _replace(out_dir, temporary)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def plain_net(state: Mapping[str, Tensor], model: ModelConfig, num_classes: int, image_size: int) -> nn.Module:
+    """The adv branch of a trained Classifier as the plain timm net, in evaluation mode on the CPU.
+
+    Args:
+        state: the Classifier's state dict, split or not.
+        model: the backbone it was built from.
+        num_classes: number of logits.
+        image_size: side of the square pictures that it was trained on, in pixels.
+    """
+    backbone = create_backbone(
+        model.model_copy(update={"pretrained": False}), num_classes=num_classes, image_size=image_size
+    )
+    plain = fold_branch(state)
+    backbone.load_state_dict({key.removeprefix("backbone."): value for key, value in plain.items()})
+    return backbone.eval()
+
+
+@dataclass(frozen=True)
+class Handover:
+    """What whoever loads a net has to know beside its weights.
+
+    num_classes: number of logits.
+    image_size: side of the square pictures, in pixels.
+    mean, std: of the pixels in [0,1] per channel.
+    interpolation, crop_pct: how pictures of another size come to it, as timm understands it.
+    class_names: name of each class, in the order of the logits; None where they are not known.
+    metadata: JSON-ready notes, kept under "arat_dist".
+    """
+
+    num_classes: int
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    interpolation: str
+    crop_pct: float
+    class_names: Sequence[str] | None
+    metadata: Mapping[str, Any]
+
+
+def handover(
+    backbone: nn.Module,
+    model: ModelConfig,
+    image_size: int,
+    class_names: Sequence[str] | None,
+    metadata: Mapping[str, Any],
+    *,
+    crop_pct: float | None = None,
+) -> Handover:
+    """What a recipe says of its net, and timm where it doesn't.
+
+    Raises:
+        UserError: not as many class_names as logits.
+    """
+    num_classes: Any = backbone.num_classes
+    if class_names is not None and len(class_names) != num_classes:
+        raise UserError(f"class_names: {len(class_names)} names; {num_classes}, one per logit, would be right")
+    cfg = pretrained_cfg(backbone)
+    return Handover(
+        num_classes,
+        image_size,
+        model.mean or cfg["mean"],
+        model.std or cfg["std"],
+        cfg["interpolation"],
+        crop_pct or cfg["crop_pct"],
+        class_names,
+        metadata,
+    )
+
+
+def write_timm(folder: Path, backbone: nn.Module, model: ModelConfig, about: Handover) -> None:
+    """Write model.safetensors and config.json, which `timm.create_model` loads, from a hub too."""
+    data_config = {
+        "input_size": (3, about.image_size, about.image_size),
+        "mean": about.mean,
+        "std": about.std,
+        "interpolation": about.interpolation,
+        "crop_pct": about.crop_pct,
+    }
+    requires = {"requires": OWN_NETS} if is_own_net(model.name) else {}
+    top_level: dict[str, Any] = {METADATA_KEY: {**about.metadata, **requires}}
+    if about.class_names is not None:
+        top_level["label_names"] = list(about.class_names)
+    if not model.pretrained:
+        # What timm notes on the origin of its own weights doesn't hold for weights that never were timm's.
+        top_level["pretrained_cfg"] = dict.fromkeys(("tag", "license", "origin_url"))
+    save_for_hf(backbone, str(folder), model_config=top_level, safe_serialization=True, data_config=data_config)
     # safetensors keeps its files from everyone but their owner; an export is as readable as its folder.
-    (temporary / "model.safetensors").chmod((temporary / "config.json").stat().st_mode)
-    _replace(out_dir, temporary)
-    return out_dir
+    (folder / "model.safetensors").chmod((folder / "config.json").stat().st_mode)
 
 
 def verify_export(out_dir: str | Path, classifier: Classifier) -> float:
@@ -140,21 +198,28 @@ def _check_target(out_dir: Path) -> None:
 
 
 def _is_export(folder: Path) -> bool:
-    """Whether a folder was written by `export_timm`."""
+    """Whether a folder was written by `arat export`."""
+    return any(METADATA_KEY in _read_notes(folder / name) for name in NOTES)
+
+
+def _read_notes(file: Path) -> Mapping[str, Any]:
+    """A JSON object; empty where the file isn't there or is none."""
     try:
-        return METADATA_KEY in json.loads((folder / "config.json").read_text())
+        notes = json.loads(file.read_text())
     except (OSError, ValueError):
-        return False
+        return {}
+    return notes if isinstance(notes, dict) else {}
 
 
-def _requirement(name: str) -> dict[str, str]:
-    """What has to be imported before timm knows the architecture, if anything."""
-    ours = model_entrypoint(name).__module__.startswith("arat_dist.")
-    return {"requires": "arat_dist.models"} if ours else {}
+def is_own_net(name: str) -> bool:
+    """Whether an architecture is one that this project registers, so that timm alone doesn't know it."""
+    return model_entrypoint(name.partition(".")[0]).__module__.startswith("arat_dist.")
 
 
 def loading_code(out_dir: str | Path) -> str:
     """The Python that loads an export."""
+    if not (Path(out_dir) / "config.json").is_file():
+        return f"onnxruntime.InferenceSession('{out_dir}/model.onnx')"
     requires = read_metadata(out_dir).get("requires")
     return (f"import {requires}; " if requires else "") + f"timm.create_model('local-dir:{out_dir}', pretrained=True)"
 

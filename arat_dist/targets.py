@@ -1,20 +1,20 @@
-"""What can be evaluated or taken home: a run, an exported folder, or any timm architecture with a weights file."""
+"""What can be evaluated: a run, an exported folder, or any timm architecture with a weights file."""
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import timm
 
 from arat_dist.checkpoint import load_newest
 from arat_dist.config import ClusterConfig, DataConfig, EvalConfig, ModelConfig, Recipe
-from arat_dist.data.manifest import check_beton, load_manifest
+from arat_dist.data.manifest import check_beton
 from arat_dist.errors import UserError
 from arat_dist.evaluate import eval_config
-from arat_dist.export import export_timm, load_exported, read_metadata, verify_export
+from arat_dist.export import load_exported, read_metadata
+from arat_dist.export_onnx import MODEL
 from arat_dist.models.backbone import create_backbone, load_checkpoint, pretrained_cfg, with_centre_crop
 from arat_dist.models.classifier import Classifier
 from arat_dist.objectives import build_objective
@@ -59,6 +59,8 @@ def open_target(target: str, *, weights: Weights | None = None, val: str | None 
         return _open_timm(target, _needed(val, target))
     if (Path(target) / "config.json").is_file():
         return _open_export(target, _needed(val, target))
+    if (Path(target) / MODEL).is_file():
+        raise UserError(f"{target}: an ONNX export; the run, or its export as --format timm, would be right")
     try:
         run = Run.at(target)
     except UserError:
@@ -72,13 +74,32 @@ def open_target(target: str, *, weights: Weights | None = None, val: str | None 
     return Target(run.folder.uri, classifier, recipe.cluster, data, eval_config(recipe))
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """The net of one checkpoint.
+
+    classifier: in evaluation mode, on the CPU.
+    weights: which of the checkpoint's.
+    step: steps that it was trained for.
+    """
+
+    classifier: Classifier
+    weights: Weights
+    step: int
+
+
 def load_run(run: Run, recipe: Recipe, weights: Weights | None = None) -> Classifier:
     """The classifier in a run's newest good checkpoint (UserError: there is none, or it lacks those weights)."""
+    return load_weights(run, recipe, weights).classifier
+
+
+def load_weights(run: Run, recipe: Recipe, weights: Weights | None = None) -> Loaded:
+    """The same, with what was loaded: averaged weights where the checkpoint keeps them, unless told."""
     checkpoint = load_newest(run.checkpoints, with_optimizer=False)
     if checkpoint is None:
         raise UserError(f"{run.folder.uri}: has no whole checkpoint yet")
     classifier = build_objective(recipe.without_start()).classifier
-    kept = [name for name in ("raw", "ema", "swa") if name == "raw" or name in checkpoint.weights]
+    kept: list[Weights] = [name for name in get_args(Weights) if name == "raw" or name in checkpoint.weights]
     chosen = weights or kept[-1]
     if chosen not in kept:
         key = {"ema": "train.ema_decay", "swa": "train.swa_start_epoch"}[chosen]
@@ -89,54 +110,7 @@ def load_run(run: Run, recipe: Recipe, weights: Weights | None = None) -> Classi
         prefix = "classifier."
         state = {k.removeprefix(prefix): v for k, v in checkpoint.weights["model"].items() if k.startswith(prefix)}
         classifier.load_state_dict(state)
-    return classifier.eval()
-
-
-@dataclass(frozen=True)
-class Exported:
-    """An exported folder, and by how much its logits differ from the net's that it came from."""
-
-    folder: Path
-    max_difference: float
-
-
-def export_run(run: Run, out_dir: Path, weights: Weights | None = None) -> Exported:
-    """Write a run's adv branch as a plain timm checkpoint, load that back by timm alone and compare the logits."""
-    recipe = run.recipe()
-    classifier = load_run(run, recipe, weights)
-    summary = run.summary()
-    attack = eval_config(recipe)
-    # The summary's accuracies are those of one kind of weights.
-    measured = summary if weights in (None, summary.get("weights")) else {}
-    metadata = {
-        "run": run.name,
-        "recipe_sha256": recipe.sha256(),
-        "objective": recipe.objective.name,
-        "weights": weights or summary.get("weights"),
-        "norm": attack.norm,
-        "eps": attack.eps,
-        **{key: measured.get(key) for key in ("clean_accuracy", "robust_accuracy", "robust_attack")},
-    }
-    folder = export_timm(
-        classifier.state_dict(),
-        recipe.model,
-        recipe.data.num_classes,
-        recipe.data.image_size,
-        out_dir,
-        load_manifest(recipe.data.train).class_names if Path(recipe.data.train).exists() else None,
-        metadata,
-        crop_pct=evaluated_crop(with_centre_crop(recipe.data, classifier.backbone)),
-    )
-    return Exported(folder, verify_export(folder, classifier))
-
-
-def evaluated_crop(data: DataConfig) -> float:
-    """Side of the centre crop that validation pictures get: all of those that have the net's size already."""
-    with contextlib.suppress(UserError):
-        if load_manifest(data.val).all_are(data.image_size):
-            return 1.0
-    assert data.val_crop is not None
-    return data.val_crop
+    return Loaded(classifier.eval(), chosen, checkpoint.step)
 
 
 def check_classes(val: str, num_classes: int) -> None:

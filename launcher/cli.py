@@ -188,11 +188,18 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--engine", choices=["ddp", "zero0", "zero1", "zero2", "zero3"], default="ddp", help="(ddp)")
     verb.add_argument("--steps", type=_positive, default=1, help="of each worker group's turn (1)")
 
-    verb = _verb(commands, "export", verbs.export, "write a run's adv branch as a plain timm checkpoint")
+    verb = _verb(
+        commands, "export", verbs.export, "write a run's adv branch as a plain timm or ONNX net, with a model card"
+    )
     verb.add_argument("target", metavar="RUN")
     verb.add_argument("out_dir", metavar="OUT_DIR", type=Path)
     verb.add_argument("--weights", choices=["raw", "ema", "swa"], help="(default: the last of these that it keeps)")
-    verb.add_argument("--format", choices=["timm"], default="timm")
+    verb.add_argument(
+        "--format",
+        choices=["timm", "onnx"],
+        default="timm",
+        help="timm: a folder for timm and the Hugging Face hub; onnx: model.onnx, pixels in [0,1] to logits (timm)",
+    )
 
     verb = _verb(commands, "submit", verbs.submit, "run a verb as a job in a Ray cluster, and follow its log")
     verb.add_argument("--address", metavar="URL", required=True, help="of the cluster's dashboard: http://HOST:8265")

@@ -12,9 +12,9 @@ from arat_dist.data.beton_writer import write_beton
 from arat_dist.data.manifest import check_beton
 from arat_dist.data.sources import open_source
 from arat_dist.errors import UserError
+from arat_dist.export_run import export_run
 from arat_dist.recipe import load_recipe
 from arat_dist.run import SUMMARY, Run
-from arat_dist.targets import export_run
 from launcher.fit import fit
 from launcher.progress import console
 
@@ -32,7 +32,7 @@ def demo(overrides: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     robust = fit(recipe, NAME)
     standard = fit(contrast, CONTRAST)
     run = Run(recipe.cluster.storage, NAME)
-    exported = export_run(run, Path(run.folder.uri) / "export")
+    exported = export_run(run, Path(run.folder.uri if run.storage.is_local else NAME) / "export")
     summary = robust | {
         "export": str(exported.folder),
         "export_max_difference": exported.max_difference,

@@ -21,11 +21,11 @@ from arat_dist.config import (
 )
 from arat_dist.data.manifest import load_manifest
 from arat_dist.errors import UserError
+from arat_dist.export_run import export_run
 from arat_dist.mirror import Follower, Mirror
 from arat_dist.preflight import check_recipe
 from arat_dist.run import Run
 from arat_dist.storage import absolute_path
-from arat_dist.targets import export_run
 from arat_dist.tracking import tracking_uri
 from arat_dist.train import num_steps, train
 from launcher.cluster import run_workers, stop_on_sigterm
@@ -125,7 +125,7 @@ def clean_recipe(recipe: Recipe, objective: ARRESTConfig) -> Recipe:
 def trained_start(recipe: Recipe, clean: Recipe, run: Run, on_line: OnLine | None) -> Recipe:
     """The recipe with the weights of its clean start, which is trained first unless it is there."""
     fit(clean, run.name, on_line)
-    exported = export_run(run, Path(run.folder.uri) / "export")
+    exported = export_run(run, Path(run.folder.uri) / "export", formats=("timm",))
     start = recipe.model.model_copy(update={"checkpoint": str(exported.folder / "model.safetensors")})
     return recipe.model_copy(update={"model": start})
 

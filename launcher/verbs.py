@@ -144,16 +144,25 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
 def export(args: argparse.Namespace) -> dict[str, Any]:
     """`arat export`."""
     from arat_dist.export import loading_code
+    from arat_dist.export_run import export_run
     from arat_dist.run import Run
-    from arat_dist.targets import export_run
 
-    exported = export_run(Run.at(args.target), args.out_dir, args.weights)
-    _print_unless_json(
-        args,
+    exported = export_run(Run.at(args.target), args.out_dir, args.weights, ("onnx",) if args.format == "onnx" else None)
+    lines = [
         f"{exported.folder}: loads with {loading_code(exported.folder)}; "
-        f"its logits differ by at most {exported.max_difference:.1e}",
-    )
-    return {"export": str(exported.folder), "max_difference": exported.max_difference}
+        f"its logits differ by at most {exported.max_difference:.1e}; README.md is its model card"
+    ]
+    if exported.formats == ("timm", "onnx"):
+        lines.append(
+            f"timm alone doesn't know this architecture, so {exported.folder}/model.onnx is there as well, which needs "
+            "onnxruntime and nothing else"
+        )
+    _print_unless_json(args, *lines)
+    return {
+        "export": str(exported.folder),
+        "formats": list(exported.formats),
+        "max_difference": exported.max_difference,
+    }
 
 
 def track_sync(args: argparse.Namespace) -> dict[str, Any]:

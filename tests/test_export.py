@@ -1,71 +1,16 @@
 """Exports are read back by timm alone, in a fresh process too, and give the trained net's logits."""
 
 import json
-import subprocess
-import sys
-from typing import Any
 
 import pytest
 import timm
 import torch
+from exports import OURS, SIZE, STOCK, export, trained
 from safetensors.torch import load_file, save_file
 
 from arat_dist.config import ModelConfig
 from arat_dist.errors import UserError
-from arat_dist.export import export_timm, load_exported, verify_export
-from arat_dist.models.classifier import Classifier, build_classifier
-
-STOCK = ModelConfig(name="resnet10t", args={"channels": (8, 16, 24, 40)}, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
-OURS = ModelConfig(name="cifar_resnet18", args={"channels": [8, 16, 24, 40]})
-SIZE = 48
-
-
-@pytest.fixture(autouse=True)
-def _one_thread_one_seed():
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-
-
-def trained(model: ModelConfig, size: int = SIZE, split: Any = "batch") -> Classifier:
-    """A net whose branches differ in weights and statistics, in training mode."""
-    classifier = build_classifier(model, num_classes=5, image_size=size, split=split, taps=None)
-    with torch.no_grad():
-        for value in classifier.state_dict().values():
-            if value.is_floating_point():
-                value.add_(0.1 * torch.rand_like(value))
-    return classifier
-
-
-def export(classifier: Classifier, model: ModelConfig, out_dir, size: int = SIZE, **kwargs):
-    names = [f"class {i}" for i in range(5)]
-    return export_timm(classifier.state_dict(), model, 5, size, out_dir, names, {"recipe": "r", "clean": 0.5}, **kwargs)
-
-
-FRESH = """
-import sys, timm, torch
-torch.set_num_threads(1)
-net = timm.create_model("local-dir:" + sys.argv[1], pretrained=True).eval()
-cfg = net.pretrained_cfg
-mean, std = (torch.tensor(cfg[k]).view(1, 3, 1, 1) for k in ("mean", "std"))
-pixels = torch.load(sys.argv[2], weights_only=True)
-with torch.no_grad():
-    torch.save(net((pixels - mean) / std), sys.argv[3])
-assert not [m for m in sys.modules if m.startswith(("arat_dist", "launcher"))]
-"""
-
-
-def test_a_fresh_process_with_timm_alone_gets_the_adv_logits(tmp_path):
-    classifier = trained(STOCK)
-    out_dir = export(classifier, STOCK, tmp_path / "out")
-    pixels = torch.rand(3, 3, SIZE, SIZE)
-    torch.save(pixels, tmp_path / "pixels.pt")
-    command = [sys.executable, "-c", FRESH, str(out_dir), str(tmp_path / "pixels.pt"), str(tmp_path / "logits.pt")]
-    subprocess.run(command, check=True, cwd=tmp_path)
-    logits = torch.load(tmp_path / "logits.pt", weights_only=True)
-    classifier.eval()
-    torch.testing.assert_close(logits, classifier(pixels).detach(), rtol=0, atol=1e-4)
-    with classifier.branch("clean"):
-        assert (logits - classifier(pixels)).abs().max() > 1e-2
+from arat_dist.export import handover, load_exported, verify_export
 
 
 @pytest.mark.parametrize(
@@ -161,6 +106,7 @@ def test_a_failing_export_leaves_the_earlier_one(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         export(trained(STOCK), STOCK, tmp_path / "out")
     assert verify_export(out_dir, first) <= 1e-4
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_user_errors_are_one_line(tmp_path):
@@ -170,4 +116,4 @@ def test_user_errors_are_one_line(tmp_path):
     with pytest.raises(UserError, match="timm can't load it"):
         load_exported(tmp_path)
     with pytest.raises(UserError, match="4 names; 5"):
-        export_timm({}, STOCK, 5, SIZE, tmp_path / "x", ["a", "b", "c", "d"], {})
+        handover(trained(STOCK).backbone, STOCK, SIZE, ["a", "b", "c", "d"], {})

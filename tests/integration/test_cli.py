@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import timm
 import yaml
@@ -236,6 +237,8 @@ def test_bad_evaluations_are_refused(finished, digits, tmp_path, monkeypatch, ca
         (["export", run, str(tmp_path)], "is no earlier export"),
         (["export", run, "out", "--weights", "ema"], "--weights: ema"),
         (["export", run, f"{digits}/val.beton/out"], "Not a directory"),
+        (["export", run, "s3://bucket/out"], "s3:/bucket/out: a folder of this machine would be right"),
+        (["export", export, "out"], f"{export}: not a run (no recipe.yaml in it)"),
     ]:
         assert part in refusal(capsys, arguments), arguments
 
@@ -333,6 +336,31 @@ def test_an_export_loads_with_timm_alone(finished, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_run_goes_out_as_onnx(finished, digits, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", f"{finished}/done", "net", "--format", "onnx", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["export"], result["formats"]) == (f"{tmp_path}/net", ["onnx"])
+    assert 0 < result["max_difference"] <= 1e-4
+    session = onnxruntime.InferenceSession("net/model.onnx")
+    (logits,) = session.run(None, {"pixels": np.zeros((3, 3, 32, 32), np.float32)})
+    assert isinstance(logits, np.ndarray)
+    assert logits.shape == (3, 10)
+    assert "net: an ONNX export" in refusal(capsys, ["eval", "net", "--data", f"{digits}/val.beton"])
+
+
+def test_a_net_of_our_own_goes_out_in_both_forms(digits, tmp_path, capsys):
+    own = {"model.name": "cifar_resnet18", "train.max_steps": "1", "eval.limit": "8"}
+    arguments = as_options(tiny_overrides(digits, tmp_path) | own)
+    assert main(["train", "digits", "--name", "own", *arguments, "--model.args", "{channels: [8, 8, 8, 8]}"]) == 0
+    capsys.readouterr()
+    assert main(["export", f"{tmp_path}/own", f"{tmp_path}/out"]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert f"import arat_dist.models; timm.create_model('local-dir:{tmp_path}/out'" in first
+    assert f"timm alone doesn't know this architecture, so {tmp_path}/out/model.onnx is there as well" in second
+    assert main(["eval", f"{tmp_path}/out", "--data", f"{digits}/val.beton", "--attack", "none", "--limit", "8"]) == 0
 
 
 def test_folders_are_written_and_checked(tmp_path, monkeypatch, capsys):

@@ -6,12 +6,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from exports import export
 from torch import Tensor
 
 import arat_dist.models
 from arat_dist.config import ModelConfig
 from arat_dist.errors import UserError
-from arat_dist.export import export_timm, load_exported
+from arat_dist.export import load_exported
 from arat_dist.models.classifier import build_classifier
 from arat_dist.models.split_norm import SplitNorm
 from arat_dist.models.taps import automatic_taps
@@ -179,6 +180,6 @@ def test_a_depth_that_no_wide_net_has_is_one_line():
 def test_an_export_keeps_what_made_the_net_another_size(tmp_path, name):
     model = ModelConfig(name=name, args=PREACT[name])
     classifier = build_classifier(model, num_classes=5, image_size=32, split="batch", taps=None).eval()
-    exported = load_exported(export_timm(classifier.state_dict(), model, 5, 32, tmp_path / "out", None, {}))
+    exported = load_exported(export(classifier, model, tmp_path / "out", 32))
     x = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(exported(x), classifier(x))
