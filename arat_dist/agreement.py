@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from enum import IntEnum
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 import torch.distributed as dist
 
 from arat_dist.engine import Rank
+
+_LOOK_S = 0.1
 
 
 class Wish(IntEnum):
@@ -55,6 +58,19 @@ class Agreement:
         self._value.fill_(own)
         self._work = dist.all_reduce(self._value, dist.ReduceOp.MAX, group=self._group, async_op=True)
         return agreed
+
+    def meet(self, beat: Callable[[], None]) -> None:
+        """Wait until all ranks are here, the first one with its last checkpoint; who waits gives signs of life."""
+        if self._rank.world_size == 1:
+            return
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        here: Any = dist.barrier(group=self._group, async_op=True)
+        while not here.is_completed():
+            beat()
+            time.sleep(_LOOK_S)
+        here.wait()
 
     def saved(self) -> None:
         """A checkpoint was taken, for whatever reason; every rank calls it, at the same step."""

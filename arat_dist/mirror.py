@@ -13,7 +13,7 @@ from typing import Any, Self
 
 from arat_dist.config import Recipe
 from arat_dist.run import Run
-from arat_dist.tracking import Replica, one_line
+from arat_dist.tracking import Replica, one_line, without_password
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +50,13 @@ class Follower(threading.Thread):
         self.read()
 
     def read(self) -> None:
-        """Hand over what came since."""
-        for line, offset in self._run.metrics_from(self._offset):
+        """Hand over what came since; what a storage fails to give now comes with the next look."""
+        try:
+            lines = list(self._run.metrics_from(self._offset))
+        except Exception as error:  # noqa: BLE001 - whatever a driver raises
+            logger.debug("%s: %s", self._run.folder.uri, one_line(error))
+            return
+        for line, offset in lines:
             self._on_line(line)
             self._offset = offset
 
@@ -104,7 +109,7 @@ class Mirror(threading.Thread):
         if not self._is_complete:
             logger.warning(
                 "MLflow at %s lacks the end of this run; `arat track sync %s` delivers it",
-                self._replica.uri,
+                without_password(self._replica.uri),
                 self._run.folder.uri,
             )
 
@@ -114,7 +119,7 @@ class Mirror(threading.Thread):
 
     def _tries(self, work: Callable[[], None]) -> bool:
         """Whether it worked."""
-        uri = self._replica.uri
+        uri = without_password(self._replica.uri)
         try:
             work()
         except Exception as error:  # noqa: BLE001 - whatever MLflow raises, the run goes on

@@ -101,25 +101,34 @@ class Run:
             self.folder.write_json(DATA, {"train_sha256": train_sha256})
             self.folder.write(RECIPE, recipe.to_yaml().encode())
         except OSError as error:
-            raise UserError(f"cluster.storage: {self.storage.uri}: {error.strerror or error}") from error
+            raise self._unwritable(error) from error
 
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Keep the run to this process inside the context: by a lock that ends with the process, or by a lease.
 
         Raises:
-            UserError: another process has it.
+            UserError: another process has it, or the folder can't be written.
         """
         if not self.storage.is_local:
             with Lease(self.folder, self.name):
                 yield
             return
-        with Path(self.folder.path(LOCK)).open("w") as file:
+        path = Path(self.folder.path(LOCK))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("w")
+        except OSError as error:
+            raise self._unwritable(error) from error
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise taken(self.name) from None
             yield
+
+    def _unwritable(self, error: OSError) -> UserError:
+        return UserError(f"cluster.storage: {self.storage.uri}: {error.strerror or error}")
 
     def recipe(self) -> Recipe:
         """The resolved recipe that the run was started with."""

@@ -69,6 +69,9 @@ def take_up(checkpoint: Checkpoint, engine: Engine, averages: Mapping[str, Avera
             set_statistics(net, rows[rank.index].to(rank.device))
 
 
+_LOOK_S = 0.1
+
+
 class Saver:
     """Writes checkpoints one at a time, beside the training; as a context, ends when the last one is written.
 
@@ -85,6 +88,7 @@ class Saver:
         self, folder: Storage, *, keep: int, check: Callable[[], None], note: Callable[[], Mapping[str, Any]] = dict
     ):
         self._folder, self._keep, self._check, self._note = folder, keep, check, note
+        self._num_files = 0
         self._thread: Thread | None = None
         self._error: Exception | None = None
 
@@ -104,6 +108,10 @@ class Saver:
             raise self._error
         self._thread = Thread(target=self._write, args=(checkpoint, worthy, queued_event()), name="checkpoint")
         self._thread.start()
+
+    def wait(self, beat: Callable[[], None]) -> None:
+        """Wait for the last one; `beat` is called whenever another file is done: a save that gets on is no hang."""
+        self._wait(beat)
 
     def finish(self, rank: Rank) -> None:
         """Wait for the last one; raises what kept it from being written. Every rank calls it.
@@ -125,10 +133,19 @@ class Saver:
     def __exit__(self, *_: object) -> None:
         self._wait()
 
-    def _wait(self) -> None:
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+    def _wait(self, beat: Callable[[], None] = lambda: None) -> None:
+        seen = self._num_files
+        while self._thread is not None:
+            self._thread.join(_LOOK_S)
+            if self._num_files != seen:
+                seen = self._num_files
+                beat()
+            if not self._thread.is_alive():
+                self._thread = None
+
+    def _begin_file(self) -> None:
+        self._num_files += 1
+        self._check()
 
     def _write(self, checkpoint: Checkpoint, worthy: Tensor | None, copied: torch.cuda.Event | None) -> None:
         self._error = None
@@ -139,7 +156,7 @@ class Saver:
                 return
             _refuse_no_numbers(checkpoint)
             whole = replace(checkpoint, about={**checkpoint.about, **self._note()})
-            save_checkpoint(self._folder, whole, keep=self._keep, check=self._check)
+            save_checkpoint(self._folder, whole, keep=self._keep, check=self._begin_file)
         except Exception as error:  # noqa: BLE001 - the training goes on; `finish` and `submit` raise what matters
             self._error = error
             logger.warning("no checkpoint of step %d: %s; the one before is kept", checkpoint.step, error)

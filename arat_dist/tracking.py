@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -29,6 +30,7 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
+_PASSWORD = re.compile(r"(://[^\s/@:]*:)[^\s/]*@")
 TAG = "arat.token"
 """Tag of an MLflow run by which the run that it belongs to finds it again."""
 _PARAM_LENGTH = 500
@@ -144,7 +146,7 @@ class Replica:
         run_id = found.info.run_id
         self._status, self._start_ms = found.info.status, found.info.start_time
         values = flatten(self._recipe.model_dump(mode="json"))
-        params = [Param(key, str(value)[:_PARAM_LENGTH]) for key, value in values.items()]
+        params = [Param(key, without_password(str(value))[:_PARAM_LENGTH]) for key, value in values.items()]
         self._client.log_batch(run_id, params=[each for each in params if each.key not in found.data.params])
         there = {
             key: {metric.step: metric.timestamp for metric in self._client.get_metric_history(run_id, key)}
@@ -207,15 +209,16 @@ def sync(run: Run, recipe: Recipe) -> dict[str, Any]:
     uri = tracking_uri(recipe, run)
     if uri is None:
         raise UserError(f"track.mlflow: false: the run {run.name} has no mirror; --track.mlflow true would be right")
-    replica, summary = Replica(run, recipe, uri), run.summary()
+    replica = Replica(run, recipe, uri)
     with run.locked():
+        summary = run.summary()  # inside: a training may have ended just now
         try:
             replica.close(summary, at_the_last_line=True)
         except Exception as error:
-            raise TrackingError(f"track.uri: {uri}: {one_line(error)}") from error
+            raise TrackingError(f"track.uri: {without_password(uri)}: {one_line(error)}") from error
     return {
         "name": run.name,
-        "mlflow_tracking_uri": uri,
+        "mlflow_tracking_uri": without_password(uri),
         "mlflow_run_id": replica.run_id,
         "status": "FINISHED" if summary else "FAILED",
         "metrics_sent": replica.num_sent,
@@ -248,5 +251,10 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split())
+    """What an error says, in one line, without passwords."""
+    return without_password(" ".join(str(error).split()))
+
+
+def without_password(text: str) -> str:
+    """A text with the password of every URI in it hidden: for what is read by others than the tracking server."""
+    return _PASSWORD.sub(r"\1***@", text)

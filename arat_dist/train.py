@@ -48,7 +48,6 @@ def train(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
         StoppedError: `rank.stop_wanted` of some rank; there is a checkpoint.
         DivergedError: the gradient stayed no number, also after going back to the newest checkpoint.
     """
-    stage_data(recipe.data)
     diverged_at = 0
     while True:
         try:
@@ -65,10 +64,11 @@ def train(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
 def train_once(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
     """`train`, until the gradient is no number too often."""
     with watchdog(recipe, run, rank) as beat:
+        stage_data(recipe.data)
         return train_watched(recipe, run, rank, beat)
 
 
-def train_watched(recipe: Recipe, run: Run, rank: Rank, beat: Callable[[], None]) -> dict[str, Any]:
+def train_watched(recipe: Recipe, run: Run, rank: Rank, beat: Callable[..., None]) -> dict[str, Any]:
     """The story; `beat` is called after every step, and every batch of what takes longer than one."""
     settings = recipe.train
     torch.manual_seed(settings.seed)
@@ -147,10 +147,10 @@ def train_watched(recipe: Recipe, run: Run, rank: Rank, beat: Callable[[], None]
                         saver.submit(copy, None if wish is Wish.STOP or done == stop else finite)
                 agreement.saved()
             if wish is Wish.STOP and done < stop:
-                saver.finish(rank)
+                finish_saves(saver, agreement, rank, beat)
                 raise StoppedError(done)
-            beat()
-        saver.finish(rank)
+            beat(compiles=settings.compile and image_size(recipe, order, done) != image_size(recipe, order, step))
+        finish_saves(saver, agreement, rank, beat)
 
     weights, classifier = result_of(objective, averages)
     with engine.gathered(), averaged_statistics(classifier, rank):
@@ -168,14 +168,14 @@ def train_watched(recipe: Recipe, run: Run, rank: Rank, beat: Callable[[], None]
 
 
 @contextmanager
-def watchdog(recipe: Recipe, run: Run, rank: Rank) -> Iterator[Callable[[], None]]:
+def watchdog(recipe: Recipe, run: Run, rank: Rank) -> Iterator[Callable[..., None]]:
     """Inside, a rank that hangs is killed, so that it is restarted; gives what it has to call meanwhile.
 
     Without workers nobody would restart it, and a debugger may hold it for as long as it likes.
     """
     limits = {"start_timeout_s": recipe.cluster.start_timeout_s, "step_timeout_s": recipe.cluster.step_timeout_s}
     if recipe.cluster.workers == 0:
-        yield lambda: None
+        yield lambda **_: None
         return
     with Watchdog(run.folder, f"rank{rank.index}", **limits) as dog:
         yield dog.beat
@@ -244,6 +244,13 @@ def update_averages(averages: Mapping[str, Average], engine: Engine, done: int) 
     with engine.gathered() if due else nullcontext():
         for average in due:
             average.update(engine.objective.classifier, done)
+
+
+def finish_saves(saver: Saver, agreement: Agreement, rank: Rank, beat: Callable[[], None]) -> None:
+    """Wait for the last checkpoint on all ranks, alive; raises on all of them what they all have to hear of."""
+    saver.wait(beat)
+    agreement.meet(beat)
+    saver.finish(rank)
 
 
 def restate_all(

@@ -54,7 +54,7 @@ class Watchdog:
     Args:
         folder: the run's.
         name: of this process in messages, such as rank0.
-        start_timeout_s: limit up to the first sign of life, in seconds.
+        start_timeout_s: limit up to the first sign of life, and where nets are compiled anew, in seconds.
         step_timeout_s: limit between two later ones, in seconds.
     """
 
@@ -85,10 +85,15 @@ class Watchdog:
         os.close(memory_fd)
         return self
 
-    def beat(self) -> None:
-        """Give a sign of life: after a step, or a batch of an evaluation. Takes well under a microsecond."""
-        self._shared[_LIMIT_MS] = self._step_limit_ms
+    def beat(self, *, compiles: bool = False) -> None:
+        """Give a sign of life: after a step, or a batch of an evaluation. Takes well under a microsecond.
+
+        Args:
+            compiles: whether nets are compiled anew before the next one, which may take as long as the first one.
+        """
+        # In this order: the watcher must not hold the time of the first step against the limit of a later one.
         self._shared[_BEATS] += 1
+        self._shared[_LIMIT_MS] = max(self._start_limit_ms, self._step_limit_ms) if compiles else self._step_limit_ms
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -136,7 +141,7 @@ class _Watcher:
             # A machine that was paused as a whole didn't hang: who watches had no more time than the rank.
             silent_s += min(now - before, 2 * _TICK_S)
             before = now
-            limit_s = self._shared[_LIMIT_MS] / 1000
+            limit_s = self._shared[_LIMIT_MS] / 1000  # before the signs of life: see `beat`
             if beats != self._shared[_BEATS]:
                 beats, silent_s, dumped = self._shared[_BEATS], 0.0, False
             if silent_s >= limit_s:

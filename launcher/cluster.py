@@ -23,6 +23,8 @@ from arat_dist.data import staging
 from arat_dist.engine import Rank
 from arat_dist.errors import ClusterError, StoppedError, UserError, WorkersError
 from arat_dist.storage import Storage
+from launcher.joining import join
+from launcher.ray_parts import check_parts
 
 if TYPE_CHECKING:
     from ray.train import WorkerGroupError
@@ -46,6 +48,9 @@ _OBJECT_STORE_BYTES = 128 * 2**20
 
 _POLL_S = 0.5
 """Seconds between two looks of the driver at its wish to stop."""
+
+_WATCHDOG_S = 60
+"""Seconds in which a rank that its watchdog gives up is gone."""
 
 _stop_wanted = threading.Event()
 """In a worker's process: whether the work in it is to stop."""
@@ -107,7 +112,11 @@ def _trainer(work: Callable[[Rank], T], cluster: ClusterConfig, name: str, stop:
     from ray.train.torch import TorchConfig
 
     from launcher.controller import Trainer
+    from launcher.loopback import LoopbackConfig
 
+    longest_s = math.ceil(max(cluster.start_timeout_s, cluster.step_timeout_s))
+    # Ray would take a worker for dead whose Python says nothing for 10 minutes; how long it may is up to the watchdog.
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(longest_s + _WATCHDOG_S)
     # Ray gives up and asks again after so long; how often is the scaling policy's business.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(min(60, cluster.start_timeout_s))
     return Trainer(
@@ -123,7 +132,7 @@ def _trainer(work: Callable[[Rank], T], cluster: ClusterConfig, name: str, stop:
             elastic_resize_monitor_interval_s=cluster.resize_every_s,
         ),
         # Who is done with the first step or a later one waits for who isn't.
-        torch_config=TorchConfig(timeout_s=math.ceil(max(cluster.start_timeout_s, cluster.step_timeout_s))),
+        torch_config=(TorchConfig if cluster.address else LoopbackConfig)(timeout_s=longest_s),
         run_config=RunConfig(
             name=name,
             storage_path=(Storage(cluster.storage) / ".ray").uri,
@@ -186,7 +195,11 @@ def _in_thread(work: Callable[[], T], stop: threading.Event, asked: Stop) -> T:
 
 
 def connect(cluster: ClusterConfig) -> None:
-    """Join the cluster at cluster.address, or start one in this machine's processes, once."""
+    """Join the cluster at cluster.address, or start one in this machine's processes, once.
+
+    Raises:
+        UserError: there is no such cluster, it doesn't take the token, or this version of Ray lacks what is used of it.
+    """
     if cluster.address is None:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         # Read on import: without it Ray binds to the address that other machines reach.
@@ -195,9 +208,10 @@ def connect(cluster: ClusterConfig) -> None:
 
     if ray.is_initialized():
         return
+    check_parts()
     on_sigterm = signal.getsignal(signal.SIGTERM)
     if cluster.address is not None:
-        ray.init(cluster.address, logging_level=logging.WARNING)
+        join(cluster.address)
     else:
         ray.init(
             "local",  # or Ray would join a cluster that RAY_ADDRESS or `ray start` made known

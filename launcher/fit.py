@@ -26,7 +26,7 @@ from arat_dist.mirror import Follower, Mirror
 from arat_dist.preflight import check_recipe
 from arat_dist.run import Run
 from arat_dist.storage import absolute_path
-from arat_dist.tracking import tracking_uri
+from arat_dist.tracking import tracking_uri, without_password
 from arat_dist.train import num_steps, train
 from launcher.cluster import run_workers, stop_on_sigterm
 from launcher.progress import TrainingProgress
@@ -58,23 +58,27 @@ def fit(recipe: Recipe, name: str, on_line: OnLine | None = None) -> dict[str, A
     check_recipe(recipe.without_start() if checkpoint_names(run.checkpoints) else recipe)
     uri = tracking_uri(recipe, run)
     start = clean_start(recipe, run)
-    run.open(recipe, load_manifest(recipe.data.train).sha256)
+    run.check(recipe)
+    # Before anything is written: a second start of a run that is at work must leave its files alone.
     with run.locked():
+        if summary := run.summary():  # another process has just come to its end
+            return summary
+        run.open(recipe, load_manifest(recipe.data.train).sha256)
         started = trained_start(recipe, *start, on_line) if start else recipe
         mirror = Mirror(run, recipe, uri) if uri else None
         trained = _train(started, run, mirror, on_line)
-    summary = {
-        "name": name,
-        "recipe_sha256": recipe.sha256(),
-        "objective": recipe.objective.name,
-        "model": recipe.model.name,
-        **trained,
-        "wall_s": round(time.perf_counter() - began, 1),
-        "mlflow_tracking_uri": uri,
-        "mlflow_run_id": mirror.run_id if mirror else None,
-        "restarts": run.num_attempts() - 1,
-    }
-    run.finish(summary)
+        summary = {
+            "name": name,
+            "recipe_sha256": recipe.sha256(),
+            "objective": recipe.objective.name,
+            "model": recipe.model.name,
+            **trained,
+            "wall_s": round(time.perf_counter() - began, 1),
+            "mlflow_tracking_uri": uri and without_password(uri),
+            "mlflow_run_id": mirror.run_id if mirror else None,
+            "restarts": run.num_attempts() - 1,
+        }
+        run.finish(summary)
     return summary
 
 

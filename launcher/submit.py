@@ -21,7 +21,7 @@ from arat_dist.config import LBGATConfig, Recipe
 from arat_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from ray.job_submission import JobSubmissionClient
+    from ray.job_submission import JobDetails, JobSubmissionClient
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -134,8 +134,7 @@ class Jobs:
         """
         log = _Log()
         try:
-            asyncio.run(self._follow(job, log))
-            details = self._client.get_job_info(job)
+            details = asyncio.run(self._follow(job, log))
         except KeyboardInterrupt:
             ray = f"--address {self._address} {job}"
             raise JobError(
@@ -148,8 +147,10 @@ class Jobs:
             ending += f": {(details.message or '').strip().rpartition(chr(10))[2]}"
         raise JobError(f"{job} {ending}", details.driver_exit_code or 1)
 
-    async def _follow(self, job: str, log: _Log) -> None:
+    async def _follow(self, job: str, log: _Log) -> JobDetails:
         """Pass the log on, through lost connections; each new one begins with the first line again."""
+        from aiohttp import ClientError
+
         retries = 0
         while True:
             log.rewind()
@@ -157,9 +158,10 @@ class Jobs:
                 async for lines in self._client.tail_job_logs(job):
                     retries = 0
                     log.add(lines)
-                if self._client.get_job_info(job).status.is_terminal():
-                    return
-            except (RuntimeError, OSError) as error:
+                details = self._client.get_job_info(job)
+                if details.status.is_terminal():
+                    return details
+            except (RuntimeError, OSError, ClientError) as error:
                 retries += 1
                 if retries > _NUM_RETRIES:
                     raise JobError(f"{job} goes on, but {self._address} doesn't answer: {error}") from error

@@ -61,6 +61,8 @@ def test_a_storage_that_is_a_file_is_refused(tmp_path):
     assert run.summary() == {}
     with pytest.raises(UserError, match=r"^cluster\.storage: .*file: Not a directory$"):
         run.open(toy_recipe(SETS), "a" * 64)
+    with pytest.raises(UserError, match=r"^cluster\.storage: .*file: Not a directory$"), run.locked():
+        pass
 
 
 def test_a_run_comes_back_by_its_name(tmp_path, monkeypatch):

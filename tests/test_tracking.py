@@ -8,7 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from arat_dist.errors import TrackingError, UserError
 from arat_dist.mirror import Follower, Mirror
 from arat_dist.run import Run
 from arat_dist.saving import Saver
-from arat_dist.tracking import Replica, flatten, sync, tracking_uri
+from arat_dist.tracking import Replica, flatten, sync, tracking_uri, without_password
 
 SETS = Sets("train.beton", "val.beton")
 
@@ -290,6 +291,34 @@ def test_a_run_that_is_left_with_its_checkpoints_finds_its_mlflow_run(tmp_path):
     assert rows(tmp_path, "SELECT run_uuid FROM runs") == [(other.run_id,)]
 
 
+def test_a_run_that_goes_on_with_another_setting_goes_on_in_mlflow(tmp_path):
+    """A parameter can't be changed there: the first value stays."""
+    run, recipe, uri = opened(tmp_path, 2)
+    Replica(run, recipe, uri).update()
+    run.log(line(4))
+    changed = toy_recipe(SETS, track={"mlflow": True, "experiment": "tests"}, cluster={"max_failures": 9})
+    assert changed.cluster.max_failures != recipe.cluster.max_failures
+    Replica(run, changed, uri).update()
+    assert rows(tmp_path) == expected(2, 4)
+    kept = rows(tmp_path, "SELECT value FROM params WHERE key = 'cluster.max_failures'")
+    assert kept == [(str(recipe.cluster.max_failures),)]
+
+
+def test_at_the_end_the_whole_file_is_compared(tmp_path):
+    """A file that was cut and has grown to the very byte again looks as if nothing had come."""
+    run, recipe, uri = opened(tmp_path)
+    for step in (2, 4):
+        run.log({"step": step, "time_s": 1.0})
+    replica = Replica(run, recipe, uri)
+    replica.update()
+    run.forget_metrics_after(2)
+    run.log({"step": 3, "time_s": 1.5})
+    replica.update()
+    assert rows(tmp_path, "SELECT step FROM metrics") == [(2,), (4,)]
+    replica.close({})
+    assert rows(tmp_path, "SELECT step FROM metrics") == [(2,), (3,), (4,)]
+
+
 def test_many_metrics_go_in_calls_of_a_thousand(tmp_path, monkeypatch):
     from mlflow.tracking import MlflowClient
 
@@ -371,6 +400,36 @@ def test_what_sync_refuses(tmp_path):
     assert "\n" not in str(caught.value)
 
 
+def test_sync_sees_a_training_that_ends_while_it_waits_for_the_run(tmp_path, monkeypatch):
+    run, recipe, _ = opened(tmp_path, 2, 4)
+
+    @contextmanager
+    def ends_first(self: Run) -> Iterator[None]:
+        self.finish(SUMMARY)
+        yield
+
+    monkeypatch.setattr(Run, "locked", ends_first)
+    assert sync(run, recipe)["status"] == "FINISHED"
+    assert rows(tmp_path, "SELECT status FROM runs") == [("FINISHED",)]
+
+
+def test_a_password_reaches_the_server_and_nobody_else(tmp_path, caplog):
+    assert without_password("at http://me:s3cret@h:1/x, sqlite:////a") == "at http://me:***@h:1/x, sqlite:////a"
+    assert without_password("postgresql://me@h/db http://h:80/a@b") == "postgresql://me@h/db http://h:80/a@b"
+    uri = "http://me:s3cret@127.0.0.1:9"
+    run, recipe = open_run(tmp_path, track={"mlflow": True, "uri": uri})
+    mirror = Mirror(run, recipe, uri)
+    mirror.start()
+    mirror.finish({})
+    assert caplog.text.count("http://me:***@127.0.0.1:9") == 3, "ours twice, and what MLflow says"
+    with pytest.raises(TrackingError, match=r"^track.uri: http://me:\*\*\*@127.0.0.1:9: ") as raised:
+        sync(run, recipe)
+    database = f"sqlite:///{tmp_path}/mlflow.db"
+    Replica(run, recipe, database).update()
+    assert rows(tmp_path, "SELECT value FROM params WHERE key = 'track.uri'") == [("http://me:***@127.0.0.1:9",)]
+    assert "s3cret" not in caplog.text + str(raised.value)
+
+
 def test_calls_are_short_and_nothing_phones_home_unless_the_user_says_otherwise():
     script = (
         "import arat_dist.tracking, json, mlflow.environment_variables as v; print(json.dumps({n: getattr(v, n).get() "
@@ -409,6 +468,38 @@ def test_a_follower_hands_over_each_line_as_it_comes(tmp_path):
             run.log(line(step))
     assert seen == [2, 4, 6]
     assert not follower.is_alive()
+
+
+def test_a_follower_outlives_a_storage_that_fails(tmp_path, monkeypatch):
+    run, _ = open_run(tmp_path)
+    works, failures = Run.metrics_from, [OSError("slow down")] * 2
+
+    def fails_at_first(self: Run, offset: int) -> Any:
+        if failures:
+            raise failures.pop()
+        return works(self, offset)
+
+    monkeypatch.setattr(Run, "metrics_from", fails_at_first)
+    seen: list[int] = []
+    run.log(line(2))
+    with Follower(run, lambda entry: seen.append(entry["step"])):
+        wait_for(lambda: seen == [2], "the line never came")
+
+
+def test_who_waits_for_a_server_asks_ever_more_rarely(tmp_path, monkeypatch):
+    run, recipe = open_run(tmp_path)
+    mirror = Mirror(run, recipe, "http://127.0.0.1:9")
+    waits: list[float] = []
+    answers = iter([False] * 8 + [True] * 2)
+
+    def wait(seconds: float) -> bool:
+        waits.append(seconds)
+        return len(waits) > 10
+
+    monkeypatch.setattr(mirror._done, "wait", wait)
+    monkeypatch.setattr(mirror, "_tries", lambda _: next(answers, True))
+    mirror.run()
+    assert waits == [0.5, 1, 2, 4, 8, 16, 30, 30, 30, 0.5, 0.5]
 
 
 def test_where_the_mirror_is(tmp_path):

@@ -3,6 +3,8 @@
 import json
 import logging
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -317,6 +319,27 @@ def test_a_run_makes_room_for_the_graphs_of_all_its_sizes(sets: Sets, tmp_path, 
     data = {"augment": "random_resized_crop", "image_sizes_from": [[1, 12], [2, 20]]}
     start(toy_recipe(sets, data=data, train={"compile": True, "max_steps": 1}), tmp_path)
     assert asked == [({8}, 3)]
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_a_step_that_compiles_for_a_new_size_has_the_time_of_a_first_one(sets: Sets, tmp_path, monkeypatch, compiles):
+    """And the copying of the sets counts to the time of the first one."""
+    events: list[Any] = []
+
+    @contextmanager
+    def watching(*_: object) -> Iterator[Callable[..., None]]:
+        events.append("begin")
+        yield lambda **keys: events.append(keys.get("compiles"))
+
+    monkeypatch.setattr("arat_dist.train.watchdog", watching)
+    monkeypatch.setattr("arat_dist.train.stage_data", lambda _: events.append("stage"))
+    monkeypatch.setattr(Objective, "compile_backbones", lambda *_, **__: None)
+    data = {"augment": "random_resized_crop", "image_sizes_from": [[1, 12], [2, 20]]}
+    start(toy_recipe(sets, data=data, train={"compile": compiles}), tmp_path)
+    assert events[:2] == ["begin", "stage"]
+    steps = events[2 : 2 + NUM_STEPS]
+    # Epochs are 5.5 steps long: the sides change after steps 6 and 11.
+    assert [number for number, is_long in enumerate(steps, 1) if is_long] == ([6, 11] if compiles else [])
 
 
 def test_a_compiled_run_begins_as_an_eager_one(sets: Sets, tmp_path, monkeypatch):

@@ -6,14 +6,15 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from arat_dist.storage import Storage
-from arat_dist.watchdog import Watchdog
+from arat_dist.watchdog import _BEATS, _LIMIT_MS, _TICK_S, Watchdog, _Watcher
 
 RANK = """
 import os, re, signal, sys, threading, time
@@ -36,7 +37,12 @@ def stop_itself():
     say("went on")
     time.sleep(600)
 
+def compile():
+    watchdog.beat(compiles=True)
+    time.sleep(3)
+
 def beat_for_long():
+    say("beats")
     for _ in range(30):
         time.sleep(0.1)
         watchdog.beat()
@@ -135,7 +141,11 @@ def test_a_rank_that_hangs_is_killed_and_its_stacks_are_kept(tmp_path, does, sta
 
 
 def test_a_rank_that_is_stopped_from_outside_in_python_code_is_killed(tmp_path):
-    with rank(tmp_path, "beat_for_long", start_s=2, step_s=2) as (process, watcher):
+    # Longer than ten looks, so that there is one between nine tenths of it and its end.
+    with rank(tmp_path, "beat_for_long", start_s=5, step_s=5) as (process, watcher):
+        assert process.stdout is not None
+        assert process.stdout.readline() == "beats\n"
+        time.sleep(0.3)  # within the loop
         os.kill(process.pid, signal.SIGSTOP)
         process.communicate(timeout=60)
         wait_until(lambda: not is_alive(watcher))
@@ -147,8 +157,73 @@ def test_a_rank_that_gives_signs_of_life_lives(tmp_path):
     with rank(tmp_path, "beat_for_long", step_s=2) as (process, watcher):
         out, err = process.communicate(timeout=60)
         wait_until(lambda: not is_alive(watcher))
-    assert (process.returncode, out, err) == (0, "well\n", "")
+    assert (process.returncode, out, err) == (0, "beats\nwell\n", "")
     assert not (tmp_path / "stacks").exists()
+
+
+def test_a_rank_that_compiles_anew_has_the_time_of_a_start(tmp_path):
+    with rank(tmp_path, "compile", start_s=600, step_s=1) as (process, _):
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (0, "well\n", "")
+
+
+def test_a_sign_of_life_is_counted_before_the_limit_of_the_next_one_holds(tmp_path):
+    """Else the time of a long first step could be held against the limit of a later one."""
+    written: list[int] = []
+
+    class Shared(list):
+        def __setitem__(self, at: Any, value: Any) -> None:
+            written.append(at)
+            super().__setitem__(at, value)
+
+    dog = Watchdog(Storage(tmp_path), "rank0", start_timeout_s=1800, step_timeout_s=600)
+    dog._shared = Shared([0, 1_800_000])  # pyright: ignore[reportAttributeAccessIssue]
+    dog.beat()
+    assert (written, list(dog._shared)) == ([_BEATS, _LIMIT_MS], [1, 600_000])
+    dog.beat(compiles=True)
+    assert list(dog._shared) == [2, 1_800_000]
+
+
+class Script(_Watcher):
+    """Watches a rank that does what is written, on a clock of its own.
+
+    Args:
+        limit_s: the limit.
+        looks: for each look at the rank, the seconds since the one before, and whether it gave a sign of life.
+    """
+
+    def __init__(self, limit_s: float, looks: Sequence[tuple[float, bool]], monkeypatch: pytest.MonkeyPatch):
+        self.now, self.done = 0.0, []
+        self._looks, self._shared = iter(looks), [0, int(limit_s * 1000)]  # pyright: ignore[reportAttributeAccessIssue]
+        monkeypatch.setattr("arat_dist.watchdog.time.monotonic", lambda: self.now)
+        self.watch()
+
+    def _ends_within(self, seconds: float) -> bool:
+        passed, beats = next(self._looks, (None, False))
+        self.now += passed or 0
+        self._shared[_BEATS] += beats
+        return passed is None
+
+    def _state(self) -> str:
+        return "sleeping"
+
+    def _dump(self, silent_s: float) -> None:
+        self.done.append(("dump", silent_s))
+
+    def _kill(self, limit_s: float) -> None:
+        self.done.append(("kill", limit_s))
+
+
+def test_a_pause_of_the_whole_machine_is_no_silence_of_the_rank(monkeypatch):
+    look, pause, sign = (_TICK_S, False), (3600.0, False), (_TICK_S, True)
+    assert Script(4, [sign, *[look] * 3, pause, *[look] * 8, sign], monkeypatch).done == []
+    assert [what for what, _ in Script(4, [sign, *[look] * 16], monkeypatch).done] == ["dump", "kill"]
+
+
+def test_who_hangs_again_has_its_stacks_dumped_again(monkeypatch):
+    look, sign = (_TICK_S, False), (_TICK_S, True)
+    done = Script(4, [sign, *[look] * 15, sign, *[look] * 16], monkeypatch).done
+    assert done == [("dump", 3.75), ("dump", 3.75), ("kill", 4.0)]
 
 
 def test_who_watches_goes_when_its_rank_is_killed(tmp_path):

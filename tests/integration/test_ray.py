@@ -1,8 +1,10 @@
 """Several workers under Ray: the same results as in one process, every recipe takes a step, and a dead worker is
 replaced."""
 
+import contextlib
 import json
 import logging
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -13,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from mlflow.tracking import MlflowClient
-from small import NoisePictures, tiny_overrides
+from small import MARK, NoisePictures, tiny_overrides
 
 from arat_dist.config import ClusterConfig, Recipe
 from arat_dist.data.beton_writer import write_beton
@@ -55,6 +57,28 @@ def test_a_ray_of_our_own_is_not_reachable_from_other_machines():
     import ray
 
     assert [node["NodeManagerAddress"] for node in ray.nodes()] == ["127.0.0.1"]
+
+
+def listen_where(folder: Path, mark: str, rank: Rank) -> None:
+    """Write down all addresses at which processes of these tests listen while there are two workers."""
+    import psutil
+
+    rank.all_reduce(torch.ones(1))
+    found: set[str] = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("ARAT_TEST_SESSION") == mark:
+                found |= {each.laddr.ip for each in process.net_connections() if each.status == psutil.CONN_LISTEN}
+    (folder / str(rank.index)).write_text("\n".join(found))
+    rank.all_reduce(torch.ones(1))
+
+
+def test_workers_of_this_machine_are_not_reachable_from_others(tmp_path):
+    cluster = TWO.model_copy(update={"storage": str(tmp_path)})
+    run_workers(partial(by_value(listen_where), tmp_path, os.environ[MARK]), cluster, "listening")
+    found = {address for index in "01" for address in (tmp_path / index).read_text().split()}
+    assert "127.0.0.1" in found
+    assert {address.removeprefix("::ffff:") for address in found} <= {"127.0.0.1", "::1"}
 
 
 # One result at two workers ------------------------------------------------------------------------------------------
@@ -301,6 +325,14 @@ def test_the_work_stops_when_it_is_asked_to(workers, tmp_path):
         run_workers(partial(by_value(work_until_stopped), started), cluster, "stopped", stop)
     assert stopped.value.step is not None
     assert stopped.value.step >= 1
+    assert wishes() == []
+
+
+def wishes() -> list[bytes]:
+    """What drivers have left in Ray's store."""
+    from ray.experimental import internal_kv
+
+    return internal_kv._internal_kv_list(b"stop/", namespace="arat")
 
 
 def test_a_wish_to_stop_ends_the_wait_for_room(tmp_path):

@@ -1,6 +1,8 @@
 """ARREST's clean start: what is trained before the run, once, and what is refused."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from small import tiny_overrides
 
 from arat_dist.checkpoint import load_newest
 from arat_dist.config import ARRESTConfig, LBGATConfig
+from arat_dist.data.manifest import load_manifest
 from arat_dist.errors import UserError
 from arat_dist.recipe import load_recipe, parse_recipe, recipe_names
 from arat_dist.run import Run
@@ -87,3 +90,30 @@ def test_workers_find_a_teachers_weights(digits, tmp_path):
     assert isinstance(recipe.objective, LBGATConfig)
     assert recipe.objective.teacher is not None
     assert recipe.objective.teacher.checkpoint == str(Path("t.safetensors").absolute())
+
+
+def test_a_second_start_of_a_run_that_is_at_work_leaves_its_files_alone(digits, tmp_path):
+    run = Run(str(tmp_path), "one")
+    recipe = load(digits, tmp_path, objective__name="at", cluster__max_failures="7")
+    other = load(digits, tmp_path, objective__name="at", cluster__max_failures="8")
+    with run.locked():
+        run.open(recipe, load_manifest(recipe.data.train).sha256)
+        files = {path: path.read_bytes() for path in (tmp_path / "one").iterdir()}
+        with pytest.raises(UserError, match="another process trains this run"):
+            fit(other, "one", ignore)
+        assert {path: path.read_bytes() for path in (tmp_path / "one").iterdir()} == files
+
+
+def test_the_summary_is_there_before_another_process_may_take_the_run(digits, tmp_path, monkeypatch):
+    locked = Run.locked
+    seen: list[bool] = []
+
+    @contextmanager
+    def watching(self: Run) -> Iterator[None]:
+        with locked(self):
+            yield
+            seen.append(self.folder.exists("summary.json"))
+
+    monkeypatch.setattr(Run, "locked", watching)
+    fit(load(digits, tmp_path, objective__name="at", train__max_steps="1"), "one", ignore)
+    assert seen == [True]

@@ -8,12 +8,15 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import yaml
 from small import ARAT, tiny_overrides
 
 from launcher.cli import main
+from launcher.submit import Jobs
 
 CLUSTER = """
 import sys, ray
@@ -169,6 +172,35 @@ def test_ctrl_c_leaves_the_job_and_says_how_to_find_it(cluster, recipe):
     assert f"ray job stop --address {cluster} raysubmit_" in last
     while not (recipe.parent / "runs/mine/summary.json").exists():
         time.sleep(0.2)
+
+
+def test_a_job_is_followed_through_every_kind_of_lost_connection(monkeypatch, capsys):
+    """A dashboard that restarts, behind a proxy or not; each time the log comes from its beginning."""
+    import aiohttp
+    import requests
+    from ray.job_submission import JobStatus
+
+    losses = [aiohttp.ServerDisconnectedError(), aiohttp.ClientError("502"), RuntimeError("closed"), OSError("reset")]
+    states = [requests.ConnectionError("reset"), "RUNNING", "SUCCEEDED"]
+
+    class Client:
+        async def tail_job_logs(self, job: str) -> Any:
+            yield "one\n"
+            if losses:
+                raise losses.pop()
+            yield "two\n"
+
+        def get_job_info(self, job: str) -> Any:
+            if isinstance(state := states.pop(0), Exception):
+                raise state
+            return SimpleNamespace(status=JobStatus(state))
+
+    monkeypatch.setattr("launcher.submit._RETRY_S", 0)
+    jobs: Any = Jobs.__new__(Jobs)
+    jobs._client, jobs._address = Client(), "http://here"
+    assert jobs.follow("job") == {}
+    assert capsys.readouterr().err == "one\ntwo\n"
+    assert (losses, states) == ([], [])
 
 
 # Refused before anything is sent -------------------------------------------------------------------------------------
