@@ -41,7 +41,7 @@ def write_report(
     *,
     limit: int = 256,
     num_pictures: int = 8,
-    on_progress: OnProgress = lambda title, done, total: None,
+    on_progress: OnProgress = lambda *_: None,
 ) -> dict[str, Any]:
     """Write one page about some runs, and its plots as PNG files.
 

@@ -26,7 +26,7 @@ MOST_PARTS = 6
 class Plot:
     """One plot: `name` is its file's, `alt` its content in words, `svg` for the page, `png` for a file.
 
-    run: label of the run that it is about; None where it compares them. `svg` is empty where the page has other means.
+    run: label of the run that it is about; None where it compares them. Without `svg` the page has other means.
     """
 
     name: str
@@ -158,7 +158,7 @@ def part_curves(record: RunRecord, *, prefix: str = "", suffix: str = "") -> lis
     keys = [key for key in record.keys(prefix) if key.endswith(suffix) and len(record.series(key))]
     if len(keys) > MOST_PARTS:
         keys = [keys[at] for at in np.linspace(0, len(keys) - 1, MOST_PARTS).round().astype(int)]
-    names = [key.removeprefix(prefix).removesuffix(suffix).strip("_").replace("_", " ") or "all" for key in keys]
+    names = [key.removeprefix(prefix).removesuffix(suffix).strip("_").replace("_", " ") or "total" for key in keys]
     return [Curve(name, record.series(key), at) for at, (key, name) in enumerate(zip(keys, names, strict=True))]
 
 
@@ -184,9 +184,9 @@ def eps_plots(records: Sequence[RunRecord], attacked: Sequence[Attacked | None])
         curves = [Curve(records[n].label, Series(*each.curve()), n) for n, each in found]
         counts = sorted({len(each.samples) for _, each in found})
         caption = (
-            f"PGD-{STEPS} on {' or '.join(map(str, counts))} pictures of each run's validation set; a picture that fell "
-            "in a smaller ball counts as fallen in a larger one. Upright: the runs' own eps. A curve that doesn't come "
-            "down to zero hints at gradients that mislead the attack."
+            f"PGD-{STEPS} on {' or '.join(map(str, counts))} pictures of each run's validation set; one that fell in a "
+            "smaller ball counts as fallen in a larger one. Upright: the runs' own eps. A curve that doesn't come down "
+            "to zero hints at gradients that mislead the attack."
         )
         plots.append(
             draw(

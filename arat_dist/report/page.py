@@ -15,7 +15,7 @@ from markupsafe import Markup
 from numpy.typing import NDArray
 from PIL import Image
 
-from arat_dist.evaluate import eval_config
+from arat_dist.config import Recipe
 from arat_dist.report.figures import Plot, amplification, perturbations
 from arat_dist.report.gather import Evaluation, RunRecord, data_name, printable, standard_error
 from arat_dist.report.names import attack_name, duration_name, radius_name, share_name
@@ -62,7 +62,7 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"share": share_name, "svg": Markup, "number": f"{{:.4g}}".format}
+    environment.filters |= {"share": share_name, "svg": Markup}
     return environment.get_template("report.html").render(
         light=LIGHT,
         dark=DARK,
@@ -90,19 +90,15 @@ def render(
 def run_card(record: RunRecord, number: int) -> dict[str, Any]:
     """What the head of the page says of a run."""
     recipe, summary = record.recipe, record.summary
-    attack = eval_config(recipe)
-    assert attack.norm is not None
-    assert attack.eps is not None
     data = known_data(record.manifest) or recipe.data.val
     speed = record.series("images_per_second").values
-    state = (
-        "finished" if record.is_finished else f"unfinished: {record.epochs_done:.2f} of {recipe.train.epochs} epochs"
-    )
+    done = f"{record.epochs_done:.2f} of {recipe.train.epochs} epochs"
+    ball = f"{recipe.attack.name}, {radius_name(recipe.attack.norm, recipe.attack.eps)}"
     facts = {
         "objective": recipe.objective.name,
         "model": recipe.model.name,
         "data": data,
-        "trained against": f"{recipe.attack.name}, {radius_name(recipe.attack.norm, recipe.attack.eps)}",
+        "trained against": "nothing" if recipe.objective.name == "standard" else ball,
         "weights": summary.get("weights", "raw"),
         "workers": str(summary.get("world_size", recipe.world_size)),
         "speed": f"{np.median(speed):,.0f} pictures/s" if len(speed) else "not known yet",
@@ -113,7 +109,7 @@ def run_card(record: RunRecord, number: int) -> dict[str, Any]:
     return {
         "label": record.label,
         "colour": _variable(number),
-        "state": state,
+        "state": "finished" if record.is_finished else f"unfinished: {done}",
         "is_finished": record.is_finished,
         "scores": scores(record),
         "facts": facts,
@@ -139,7 +135,7 @@ def scores(record: RunRecord) -> list[dict[str, str]]:
 
 
 def _is_stronger(evaluation: Evaluation, record: RunRecord) -> bool:
-    """Whether it attacked in the run's own ball and on its own data, and left less right than the run's summary says."""
+    """Whether it attacked in the run's own ball and on its own data, and left less right than its summary says."""
     summary, result = record.summary, evaluation.result
     if result["robust_accuracy"] is None or summary["robust_accuracy"] is None:
         return False
@@ -276,9 +272,12 @@ def picture_uri(picture: NDArray[Any]) -> str:
 
 
 def recipe_differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:
-    """The recipes' keys whose values are not the same in all runs, and each run's value; a dash where it has no such."""
+    """The recipes' keys whose values are not the same in all runs, and each run's value; a dash: none."""
     trees = [flatten(record.recipe.model_dump(mode="json")) for record in records]
-    keys = dict.fromkeys(key for tree in trees for key in tree)
+    sections = list(Recipe.model_fields)
+    keys = sorted(
+        dict.fromkeys(key for tree in trees for key in tree), key=lambda key: sections.index(key.partition(".")[0])
+    )
     rows = [(key, [_value(tree, key) for tree in trees]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 

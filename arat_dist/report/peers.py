@@ -140,21 +140,18 @@ def compare(records: list[RunRecord]) -> list[Comparison]:
 
 def _measured(record: RunRecord, number: int) -> list[tuple[str, str, float, Point]]:
     """Data, norm, eps and point of the run's own evaluation and of all others that attacked."""
-    own = known_data(record.manifest)
-    found = []
-    if record.summary:
-        found.append((data_name(record), record.summary["robust_attack"], record.summary))
-    for evaluation in record.evaluations:
-        found.append((data_name(record, evaluation), evaluation.result["attack"], evaluation.result))
-    return [
-        (
-            own if own and data == record.recipe.data.val else data,
-            result["norm"],
-            result["eps"],
-            Point(
-                record.label, result["clean_accuracy"], result["robust_accuracy"], attack, result["num_samples"], number
-            ),
-        )
-        for data, attack, result in found
-        if result["robust_accuracy"] is not None
-    ]
+    known, summary = known_data(record.manifest), record.summary
+    found = [(data_name(record, each), each.result["attack"], each.result) for each in record.evaluations]
+    if summary:
+        found.insert(0, (data_name(record), summary["robust_attack"], summary))
+    points = []
+    for data, attack, result in found:
+        clean, robust, weights = (result.get(key) for key in ("clean_accuracy", "robust_accuracy", "weights"))
+        if clean is None or robust is None:
+            continue
+        is_other = weights is not None and weights != summary.get("weights", weights)
+        label = f"{record.label} ({weights})" if is_other else record.label
+        point = Point(label, clean, robust, attack, result["num_samples"], number)
+        is_own = known is not None and data == record.recipe.data.val
+        points.append((known if is_own else data, result["norm"], result["eps"], point))
+    return points

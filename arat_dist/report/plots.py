@@ -150,7 +150,7 @@ def class_plot(accuracies: ClassAccuracies, class_names: Sequence[str], index: i
     clean, robust = accuracies.clean[rows], accuracies.robust[rows]
     axes.hlines(at, robust, clean, color=GRID, linewidth=3)
     axes.plot(clean, at, "o", color=colour(index), markerfacecolor=SURFACE, markersize=6, label="clean")
-    axes.plot(robust, at, "o", color=colour(index), markersize=6, label="robust")
+    axes.plot(robust, at, "o", color=colour(index), markersize=4, label="robust")
     axes.set_yticks(at, [_short(class_names[label]) for label in accuracies.labels[rows]])
     axes.tick_params(axis="y", labelcolor=INK, length=0)
     axes.grid(visible=False, axis="y")
@@ -159,12 +159,12 @@ def class_plot(accuracies: ClassAccuracies, class_names: Sequence[str], index: i
     axes.xaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     if len(rows) < len(accuracies.labels):
         axes.axhline(len(rows) / 2 - 0.5, color=MUTED, linewidth=0.9, linestyle=(0, (2, 2)))
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside upper right", ncols=2)
+    _above(axes, *axes.get_legend_handles_labels(), columns=2)
     return figure
 
 
 def shown_classes(accuracies: ClassAccuracies) -> NDArray[np.int64]:
-    """Rows of the classes that `class_plot` shows: all in their order, or the extremes by robust, then clean accuracy."""
+    """Rows of the classes that `class_plot` shows: all, or the extremes by robust, then clean accuracy."""
     if len(accuracies.labels) <= MOST_CLASSES:
         return np.arange(len(accuracies.labels))
     order = np.lexsort((accuracies.clean, accuracies.robust))
@@ -191,12 +191,16 @@ def _draw_point(axes: Axes, point: Point, name: str) -> None:
     ink = MUTED if point.run is None else colour(point.run)
     if point.errors is not None:
         clean, robust = point.errors
-        axes.errorbar(point.clean, point.robust, xerr=clean, yerr=robust, color=ink, linewidth=1, zorder=2)
+        axes.errorbar(
+            point.clean, point.robust, xerr=clean, yerr=robust, color=ink, linewidth=1, zorder=2, clip_on=False
+        )
     style = {"color": ink, "markerfacecolor": ink if is_run else SURFACE, "markersize": 8 if is_run else 6}
-    axes.plot(point.clean, point.robust, marker=marker_of(point.attack), linestyle="none", zorder=3, **style)
+    axes.plot(
+        point.clean, point.robust, marker=marker_of(point.attack), linestyle="none", zorder=3, clip_on=False, **style
+    )
     weight = "bold" if is_run else "normal"
     at = (point.clean, point.robust)
-    axes.annotate(name, at, (5, 4), textcoords="offset points", color=ink, fontweight=weight, zorder=4)
+    axes.annotate(name, at, (-5, 5), textcoords="offset points", ha="right", color=ink, fontweight=weight, zorder=4)
 
 
 def marker_of(attack: str) -> str:
@@ -208,7 +212,7 @@ def _room(values: Sequence[float]) -> tuple[float, float]:
     """Limits of an axis of shares with room around the values, a tenth at least."""
     low, high = min(values), max(values)
     margin = max(0.02, 0.12 * (high - low), (0.1 - (high - low)) / 2)
-    return low - margin, min(high + margin, 1 + margin / 2)
+    return max(low - margin, -0.005), min(high + margin, 1.005)
 
 
 def _new(size: tuple[float, float]) -> tuple[Figure, Axes]:
@@ -219,10 +223,14 @@ def _new(size: tuple[float, float]) -> tuple[Figure, Axes]:
 def _legend(axes: Axes, labels: Sequence[str]) -> None:
     """Names of several lines above them; of one line the title tells."""
     if len(labels) > 1:
-        handles = axes.get_lines()[-len(labels) :]
-        figure = axes.get_figure()
-        assert isinstance(figure, Figure)
-        figure.legend(handles, [_short(label) for label in labels], loc="outside upper left", ncols=2)
+        names = [_short(label) for label in labels]
+        # Three abreast where they have room.
+        columns = 3 if sum(map(len, names[:3])) <= 30 and max(map(len, names)) <= 14 else 2
+        _above(axes, axes.get_lines()[-len(labels) :], names, columns)
+
+
+def _above(axes: Axes, handles: Sequence[Any], names: Sequence[str], columns: int) -> None:
+    axes.legend(handles, names, loc="lower left", bbox_to_anchor=(-0.02, 1), borderaxespad=0.1, ncols=columns)
 
 
 def _short(text: str, most: int = 26) -> str:
