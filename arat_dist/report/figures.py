@@ -234,12 +234,12 @@ def by_class(record: RunRecord, attacked: Attacked | None) -> tuple[ClassAccurac
         result = evaluation.result
         if (accuracies := read_verdicts(evaluation)) is not None:
             ball = radius_name(result["norm"], result["eps"])
-            return accuracies, f"{attack_name(result['attack'])}, {ball}, {result['num_samples']} pictures"
+            return accuracies, f"{attack_name(result['attack'])}, {ball}, {result['num_samples']:,} pictures"
     if attacked is None:
         return None
     accuracies = class_accuracies(attacked.labels, attacked.is_clean_right, attacked.is_robust)
     ball = radius_name(attacked.norm, attacked.eps)
-    return accuracies, f"PGD-{STEPS}, {ball}, {len(attacked.samples)} pictures"
+    return accuracies, f"PGD-{STEPS}, {ball}, {len(attacked.samples):,} pictures"
 
 
 def record_classes(record: RunRecord, attacked: Attacked | None, accuracies: ClassAccuracies) -> list[str]:

@@ -129,8 +129,8 @@ def comparison_plot(comparison: Comparison, *, has_key: bool) -> Figure:
     axes.set_xlabel("clean accuracy")
     axes.set_ylabel("robust accuracy")
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axis.set_major_locator(MaxNLocator(5))
+        axis.set_major_formatter(PercentFormatter(1))
+        axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
     if has_key:
         key = [f"{name}  {key_text(point)}" for point, name in zip(points, letters(len(points)), strict=True)]
         axes.text(1.03, 1, "\n".join(key), transform=axes.transAxes, va="top", fontsize=7.5, linespacing=1.45)

@@ -25,7 +25,7 @@ LIGHT = {
     "--c1": "#d55e00",
     "--c2": "#008f68",
     "--c3": "#b0508a",
-    "--c4": "#3f9fd8",
+    "--c4": "#3593cc",
     "--c5": "#8a6d00",
 }
 """After Okabe & Ito's palette for all kinds of colour vision, a little darker where white is behind it."""

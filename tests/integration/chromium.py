@@ -82,8 +82,8 @@ class Page:
 @contextmanager
 def chromium_page() -> Iterator[Page]:
     """An empty page of a new browser, which is gone afterwards with all of its processes."""
-    chromium = shutil.which("chromium")
-    assert chromium is not None, "chromium is missing; make setup installs it"
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    assert chromium is not None, "no chromium or google-chrome; on Debian, make setup installs it"
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         process = subprocess.Popen(
             [chromium, *FLAGS, f"--user-data-dir={profile}", "about:blank"],
