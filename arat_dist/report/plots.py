@@ -151,7 +151,7 @@ def class_plot(accuracies: ClassAccuracies, class_names: Sequence[str], index: i
     axes.hlines(at, robust, clean, color=GRID, linewidth=3)
     axes.plot(clean, at, "o", color=colour(index), markerfacecolor=SURFACE, markersize=6, label="clean")
     axes.plot(robust, at, "o", color=colour(index), markersize=4, label="robust")
-    axes.set_yticks(at, [_short(class_names[label]) for label in accuracies.labels[rows]])
+    axes.set_yticks(at, [_short(class_names[label]) for label in accuracies.labels[rows].tolist()])
     axes.tick_params(axis="y", labelcolor=INK, length=0)
     axes.grid(visible=False, axis="y")
     axes.set_ylim(-0.7, len(rows) - 0.3)

@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from xml.etree import ElementTree as ET
 
 import matplotlib as mpl
@@ -54,7 +55,7 @@ INK, MUTED, GRID, SURFACE = (LIGHT[name] for name in ("--ink", "--muted", "--gri
 COLOURS = tuple(value for name, value in LIGHT.items() if name.startswith("--c"))
 DASHES: tuple[str | tuple[int, tuple[float, ...]], ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 
-_RC = {
+_RC: dict[Any, Any] = {
     "axes.edgecolor": GRID,
     "axes.grid": True,
     "axes.labelcolor": MUTED,

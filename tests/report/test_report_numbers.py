@@ -82,7 +82,7 @@ def test_parts_are_named_by_what_they_are(trained, tmp_path):
 
 def test_long_curves_keep_their_mean_and_their_ends():
     values = np.arange(10_001) % 7 + 0.5
-    short = thinned(Series(np.linspace(0, 100, 10_001), values), most=100)
+    short = thinned(Series(np.linspace(0, 100, 10_001, dtype=np.float64), values.astype(np.float64)), most=100)
     assert len(short) == 100
     assert short.values.mean() == pytest.approx(values.mean(), rel=1e-3)
     assert (short.epochs[0], short.epochs[-1]) == (pytest.approx(0.5, abs=0.01), pytest.approx(99.5, abs=0.01))
@@ -264,8 +264,8 @@ def test_a_comparison_draws_every_point_where_it_belongs(tmp_path):
     ]
     with styled():
         axes = comparison_plot(comparison, has_key=True).axes[0]
-    points = [(each.get_xdata(), each.get_ydata(), each.get_marker()) for each in axes.get_lines()]
-    dots = [(float(x[0]), float(y[0]), marker) for x, y, marker in points if len(x) == 1 and marker in "oD^s"]
+    points: list[Any] = [(each.get_xdata(), each.get_ydata(), each.get_marker()) for each in axes.get_lines()]
+    dots = [(float(x[0]), float(y[0]), marker) for x, y, marker in points if len(x) == 1 and marker in tuple("oD^s")]
     assert dots[:3] == [(0.88, 0.5, "o"), (0.88, 0.4, "D"), (0.88, 0.45, "o")]
     assert len(dots) == 17
     assert (0.8377, 0.4242, "D") in [(round(x, 4), round(y, 4), marker) for x, y, marker in dots]
