@@ -159,7 +159,7 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
 def report(args: argparse.Namespace) -> dict[str, Any]:
     """`arat report`."""
     from arat_dist.report.build import write_report
-    from launcher.progress import WorkProgress
+    from launcher.work_progress import WorkProgress
 
     with WorkProgress("attacking pictures") as show:
         result = write_report(args.targets, args.out, limit=args.limit, num_pictures=args.pictures, on_progress=show)

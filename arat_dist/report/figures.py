@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from arat_dist.report.gather import ClassAccuracies, RunRecord, Series, class_accuracies, printable, read_verdicts
-from arat_dist.report.names import attack_name, radius_name, share_name
+from arat_dist.report.names import evaluation_name, radius_name, share_name
 from arat_dist.report.peers import Comparison
 from arat_dist.report.pictures import STEPS, Attacked
 from arat_dist.report.plots import Curve, class_plot, comparison_plot, eps_plot, line_plot, pictures_plot, shown_classes
@@ -234,7 +234,7 @@ def by_class(record: RunRecord, attacked: Attacked | None) -> tuple[ClassAccurac
         result = evaluation.result
         if (accuracies := read_verdicts(evaluation)) is not None:
             ball = radius_name(result["norm"], result["eps"])
-            return accuracies, f"{attack_name(result['attack'])}, {ball}, {result['num_samples']:,} pictures"
+            return accuracies, f"{evaluation_name(result)}, {ball}, {result['num_samples']:,} pictures"
     if attacked is None:
         return None
     accuracies = class_accuracies(attacked.labels, attacked.is_clean_right, attacked.is_robust)

@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from typing import Any
 
-_ATTACKS = {"pgd": "PGD", "apgd": "APGD", "autoattack": "AutoAttack", "none": "none"}
+_ATTACKS = {"autoattack": "AutoAttack", "square": "Square"}
 
 
 def attack_name(attack: str) -> str:
-    """pgd20 as PGD-20, autoattack as AutoAttack; others as they are."""
-    found = re.fullmatch(r"([a-z]+)(\d*)", attack)
-    if found is None or found[1] not in _ATTACKS:
-        return attack
-    return _ATTACKS[found[1]] + (f"-{found[2]}" if found[2] else "")
+    """pgd20 as PGD-20, apgd-ce as APGD-CE, several with a plus between them; what isn't known stays as it is."""
+    return " + ".join(_one_attack(name) for name in attack.split(","))
+
+
+def _one_attack(name: str) -> str:
+    found = re.fullmatch(r"(a?pgd|fab)-?(\d+|ce|t|)", name)
+    if found is None:
+        return _ATTACKS.get(name, name)
+    return "-".join(part.upper() for part in found.groups() if part)
+
+
+def evaluation_name(result: Mapping[str, Any]) -> str:
+    """The attack of an evaluation, with all that makes it another one: starts, another net's, another branch's."""
+    words = [attack_name(result["attack"])]
+    if (result.get("restarts") or 1) > 1:
+        words.append(f"{result['restarts']} starts")
+    if result.get("transfer_from"):
+        words.append("transferred")
+    if result.get("branch", "adv") != "adv":
+        words.append(f"{result['branch']} branch")
+    return ", ".join(words)
 
 
 def radius_name(norm: str, eps: float) -> str:

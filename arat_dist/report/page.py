@@ -18,7 +18,7 @@ from PIL import Image
 from arat_dist.config import Recipe
 from arat_dist.report.figures import Plot, amplification, perturbations
 from arat_dist.report.gather import Evaluation, RunRecord, data_name, printable, standard_error
-from arat_dist.report.names import attack_name, duration_name, radius_name, share_name
+from arat_dist.report.names import attack_name, duration_name, evaluation_name, radius_name, share_name
 from arat_dist.report.peers import Comparison, known_data
 from arat_dist.report.pictures import STEPS, Attacked
 from arat_dist.report.plots import letters, marker_of
@@ -130,7 +130,7 @@ def scores(record: RunRecord) -> list[dict[str, str]]:
     if lower:
         least = min(lower, key=lambda result: result["robust_accuracy"])
         ball = radius_name(least["norm"], least["eps"])
-        found.append(_score(attack_name(least["attack"]), least["robust_accuracy"], least["num_samples"], ball))
+        found.append(_score(evaluation_name(least), least["robust_accuracy"], least["num_samples"], ball))
     return found
 
 
@@ -164,7 +164,7 @@ def comparison_rows(comparison: Comparison) -> list[dict[str, Any]]:
             "sign": _SIGNS[marker_of(point.attack)],
             "is_run": point.run is not None,
             "label": point.label,
-            "attack": attack_name(point.attack),
+            "attack": point.attack,
             "clean": point.clean,
             "robust": point.robust,
             "num_samples": point.num_samples,
@@ -186,7 +186,7 @@ def evaluation_rows(record: RunRecord) -> list[dict[str, Any]]:
         rows.append(
             {
                 "run": record.label,
-                "attack": attack_name(result["attack"]),
+                "attack": evaluation_name(result),
                 "is_part": False,
                 "ball": radius_name(result["norm"], result["eps"]) if has_ball else "",
                 "weights": result.get("weights") or "",
@@ -200,7 +200,13 @@ def evaluation_rows(record: RunRecord) -> list[dict[str, Any]]:
         parts = result.get("attacks") or ()
         for part in parts if len(parts) > 1 else ():
             time = duration_name(part["wall_s"]) if "wall_s" in part else ""
-            changed = {"attack": f"after {part['name']}", "is_part": True, "ball": "", "clean": None, "time": time}
+            changed = {
+                "attack": f"after {attack_name(part['name'])}",
+                "is_part": True,
+                "ball": "",
+                "clean": None,
+                "time": time,
+            }
             rows.append(rows[-1] | changed | {"robust": part["robust_accuracy"], "num_samples": part["num_attacked"]})
     return rows
 
@@ -218,7 +224,7 @@ def corruption_rows(record: RunRecord) -> list[dict[str, Any]]:
 def warning_rows(records: Sequence[RunRecord]) -> list[dict[str, str]]:
     """Every warning of every evaluation."""
     return [
-        {"run": record.label, "attack": attack_name(evaluation.result["attack"]), "text": warning}
+        {"run": record.label, "attack": evaluation_name(evaluation.result), "text": warning}
         for record in records
         for evaluation in record.evaluations
         for warning in evaluation.warnings

@@ -13,6 +13,7 @@ from pydantic import Field
 from arat_dist.config import Count, Positive, Section
 from arat_dist.data.manifest import Manifest
 from arat_dist.report.gather import RunRecord, data_name, standard_error
+from arat_dist.report.names import attack_name, evaluation_name
 
 Percent = Annotated[float, Field(ge=0, le=100)]
 
@@ -60,6 +61,7 @@ class Published(Section):
 class Point:
     """Clean and robust accuracy of one net, shares of 1, and the attack that they were measured with.
 
+    attack: as it is shown.
     num_samples: pictures they were measured on; None where it is in the source.
     run: its number in the report; None for a published point.
     """
@@ -129,7 +131,7 @@ def compare(records: list[RunRecord]) -> list[Comparison]:
     for (data, norm, shown), points in groups.items():
         tables = [t for t in published().tables if (t.data, t.norm, f"{t.eps:.6g}") == (data, norm, shown)]
         others = tuple(
-            Point(", ".join(filter(None, (p.method, p.model))), p.clean / 100, p.robust / 100, t.attack)
+            Point(", ".join(filter(None, (p.method, p.model))), p.clean / 100, p.robust / 100, attack_name(t.attack))
             for t in tables
             for p in t.points
         )
@@ -141,9 +143,9 @@ def compare(records: list[RunRecord]) -> list[Comparison]:
 def _measured(record: RunRecord, number: int) -> list[tuple[str, str, float, Point]]:
     """Data, norm, eps and point of the run's own evaluation and of all others that attacked."""
     known, summary = known_data(record.manifest), record.summary
-    found = [(data_name(record, each), each.result["attack"], each.result) for each in record.evaluations]
+    found = [(data_name(record, each), evaluation_name(each.result), each.result) for each in record.evaluations]
     if summary:
-        found.insert(0, (data_name(record), summary["robust_attack"], summary))
+        found.insert(0, (data_name(record), attack_name(summary["robust_attack"]), summary))
     points = []
     for data, attack, result in found:
         clean, robust, weights = (result.get(key) for key in ("clean_accuracy", "robust_accuracy", "weights"))

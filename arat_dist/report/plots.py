@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,6 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
 from arat_dist.report.gather import ClassAccuracies, Series
-from arat_dist.report.names import attack_name
 from arat_dist.report.peers import Comparison, Point
 from arat_dist.report.style import GRID, INK, MUTED, SURFACE, colour, dash
 
@@ -139,7 +139,7 @@ def comparison_plot(comparison: Comparison, *, has_key: bool) -> Figure:
 
 def key_text(point: Point) -> str:
     """What a point is, in one line."""
-    return f"{point.label}, {attack_name(point.attack)}: {point.clean:.1%} / {point.robust:.1%}"
+    return f"{point.label}, {point.attack}: {point.clean:.1%} / {point.robust:.1%}"
 
 
 def class_plot(accuracies: ClassAccuracies, class_names: Sequence[str], index: int) -> Figure:
@@ -151,7 +151,7 @@ def class_plot(accuracies: ClassAccuracies, class_names: Sequence[str], index: i
     axes.hlines(at, robust, clean, color=GRID, linewidth=3)
     axes.plot(clean, at, "o", color=colour(index), markerfacecolor=SURFACE, markersize=6, label="clean")
     axes.plot(robust, at, "o", color=colour(index), markersize=4, label="robust")
-    axes.set_yticks(at, [_short(class_names[label]) for label in accuracies.labels[rows].tolist()])
+    axes.set_yticks(at, [_short(class_names[int(label)]) for label in accuracies.labels[rows]])
     axes.tick_params(axis="y", labelcolor=INK, length=0)
     axes.grid(visible=False, axis="y")
     axes.set_ylim(-0.7, len(rows) - 0.3)
@@ -204,8 +204,12 @@ def _draw_point(axes: Axes, point: Point, name: str) -> None:
 
 
 def marker_of(attack: str) -> str:
-    """Matplotlib's sign for an attack: circle for PGD, triangle for APGD, diamond for AutoAttack, else a square."""
-    return {"PGD": "o", "APGD": "^", "AutoAttack": "D"}.get(attack_name(attack).partition("-")[0], "s")
+    """Matplotlib's sign for an attack as it is shown: a circle for PGD, a triangle for APGD, a diamond for AutoAttack.
+
+    All others have a square.
+    """
+    signs = {r"PGD-\d+(, \d+ starts)?": "o", r"APGD(-\w+)?(, \d+ starts)?": "^", "AutoAttack": "D"}
+    return next((sign for pattern, sign in signs.items() if re.fullmatch(pattern, attack)), "s")
 
 
 def _room(values: Sequence[float]) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from toys import Sets
 from arat_dist.errors import UserError
 from arat_dist.report.figures import by_class, part_curves
 from arat_dist.report.gather import Series, class_accuracies, read_runs, read_verdicts, standard_error
-from arat_dist.report.names import attack_name, duration_name, radius_name
+from arat_dist.report.names import attack_name, duration_name, evaluation_name, radius_name
 from arat_dist.report.page import evaluation_rows, recipe_differences, run_card, scores, warning_rows
 from arat_dist.report.peers import compare, known_data, published
 from arat_dist.report.plots import (
@@ -24,6 +24,7 @@ from arat_dist.report.plots import (
     eps_plot,
     letters,
     line_plot,
+    marker_of,
     shown_classes,
     thinned,
 )
@@ -188,8 +189,8 @@ def test_the_table_of_evaluations_has_each_attack_of_an_ensemble(tmp_path):
     assert [(row["attack"], row["robust"], row["num_samples"], row["time"]) for row in rows] == [
         ("PGD-20", 0.5, 10_000, ""),
         ("AutoAttack", 0.46, 10_000, "1 min 3 s"),
-        ("after apgd-ce", 0.48, 9000, "1 min 0 s"),
-        ("after square", 0.46, 4800, "3 s"),
+        ("after APGD-CE", 0.48, 9000, "1 min 0 s"),
+        ("after Square", 0.46, 4800, "3 s"),
     ]
     assert warning_rows([record(run)]) == [{"run": "one", "attack": "AutoAttack", "text": warnings[0]}]
     assert [score["value"] for score in scores(record(run))] == ["90.0%", "50.0%", "46.0%"]
@@ -244,7 +245,7 @@ def test_only_the_same_data_norm_and_eps_stand_beside_a_run(tmp_path, change: di
     assert len(comparison.published) == num_published
     assert len(comparison.sources) == (num_published > 0)
     (own,) = comparison.measured
-    assert (own.label, own.clean, own.robust, own.attack, own.num_samples) == ("one", 0.9, 0.5, "pgd20", 10_000)
+    assert (own.label, own.clean, own.robust, own.attack, own.num_samples) == ("one", 0.9, 0.5, "PGD-20", 10_000)
     assert own.errors == (pytest.approx(0.003), pytest.approx(0.005))
 
 
@@ -258,9 +259,9 @@ def test_a_comparison_draws_every_point_where_it_belongs(tmp_path):
     records = read_runs([run.folder.uri for run in runs])
     (comparison,) = compare(records)
     assert [(p.label, p.attack) for p in comparison.measured] == [
-        ("_hidden", "pgd20"),
-        ("_hidden (ema)", "autoattack"),
-        ("two", "pgd20"),
+        ("_hidden", "PGD-20"),
+        ("_hidden (ema)", "AutoAttack"),
+        ("two", "PGD-20"),
     ]
     with styled():
         axes = comparison_plot(comparison, has_key=True).axes[0]
@@ -325,9 +326,16 @@ def test_a_card_says_how_far_a_run_is(tmp_path):
 
 
 def test_names():
-    assert [attack_name(name) for name in ("pgd20", "apgd", "apgd50", "autoattack", "none", "my attack")] == [
-        *("PGD-20", "APGD", "APGD-50", "AutoAttack", "none", "my attack")
-    ]
+    attacks = ("pgd20", "apgd", "apgd50", "apgd-ce", "fab-t", "autoattack", "none", "pgd20,square", "my attack")
+    shown = ("PGD-20", "APGD", "APGD-50", "APGD-CE", "FAB-T", "AutoAttack", "none", "PGD-20 + Square", "my attack")
+    assert tuple(map(attack_name, attacks)) == shown
+    assert "".join(map(marker_of, shown)) == "o^^^sDsss"
+    result = {"attack": "pgd20", "restarts": None, "transfer_from": None, "branch": "adv"}
+    assert evaluation_name(result) == "PGD-20"
+    assert evaluation_name(result | {"restarts": 5}) == "PGD-20, 5 starts"
+    other = evaluation_name(result | {"transfer_from": "runs/other", "branch": "clean"})
+    assert other == "PGD-20, transferred, clean branch"
+    assert marker_of(other) == "s"
     assert (radius_name("linf", 8 / 255), radius_name("l2", 0.5)) == ("linf 8/255", "l2 0.5")
     assert [duration_name(seconds) for seconds in (0.4, 61, 3600, 90_000)] == [
         "0 s",
