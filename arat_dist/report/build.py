@@ -15,10 +15,10 @@ from arat_dist.report.figures import (
     comparison_plots,
     conflict_plots,
     eps_plots,
-    picture_plots,
     speed_plots,
     training_plots,
 )
+from arat_dist.report.gallery import picture_plots
 from arat_dist.report.gather import RunRecord, read_runs
 from arat_dist.report.page import Sections, render
 from arat_dist.report.peers import compare

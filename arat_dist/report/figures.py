@@ -9,13 +9,12 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from arat_dist.report.gather import ClassAccuracies, RunRecord, Series, class_accuracies, printable, read_verdicts
 from arat_dist.report.names import evaluation_name, radius_name, share_name
 from arat_dist.report.peers import Comparison
 from arat_dist.report.pictures import STEPS, Attacked
-from arat_dist.report.plots import Curve, class_plot, comparison_plot, eps_plot, line_plot, pictures_plot, shown_classes
+from arat_dist.report.plots import Curve, class_plot, comparison_plot, eps_plot, line_plot, shown_classes
 from arat_dist.report.style import styled, to_png, to_svg
 
 MOST_PARTS = 6
@@ -250,37 +249,6 @@ def record_classes(record: RunRecord, attacked: Attacked | None, accuracies: Cla
         names = attacked.class_names if attacked is not None else ()
     most = int(accuracies.labels.max()) + 1
     return [printable(name) for name in names] + [str(label) for label in range(len(names), most)]
-
-
-def picture_plots(records: Sequence[RunRecord], attacked: Sequence[Attacked | None]) -> list[Plot]:
-    """The grids of clean pictures, perturbations and adversarial pictures, as files; the page shows them singly."""
-    plots = []
-    for number, (record, each) in enumerate(zip(records, attacked, strict=True)):
-        if each is None or not len(each.shown):
-            continue
-        names = [printable(name) for name in each.class_names]
-        before, after = each.clean_predictions[each.shown], each.adversarial_predictions
-        clean = [(picture, names[label]) for picture, label in zip(each.clean, before, strict=True)]
-        noise = [(picture, "") for picture in perturbations(each)]
-        moved = [(picture, names[label]) for picture, label in zip(each.adversarial, after, strict=True)]
-        rows = ("clean", f"perturbation x{amplification(each):.3g}", "adversarial")
-        title = f"Predictions before and after PGD-{STEPS}, {radius_name(each.norm, each.eps)}"
-        with styled():
-            png = to_png(pictures_plot([clean, noise, moved], rows), f"{record.label}: {title}")
-        plots.append(Plot(f"pictures-{number + 1}-{slug(record.label)}", title, title, "", "", png, record.label))
-    return plots
-
-
-def amplification(attacked: Attacked) -> float:
-    """By how much the perturbations that are shown are multiplied, so that the largest fills the range of colours."""
-    largest = np.abs(attacked.adversarial - attacked.clean / np.float32(255)).max()
-    return float(0.5 / largest) if largest > 0 else 1.0
-
-
-def perturbations(attacked: Attacked) -> NDArray[np.float32]:
-    """What the attack added, amplified around grey: float32 [P,H,W,3] in [0,1]."""
-    delta = attacked.adversarial - attacked.clean / np.float32(255)
-    return np.clip(0.5 + amplification(attacked) * delta, 0, 1).astype(np.float32)
 
 
 def draw(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
@@ -12,21 +10,18 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from numpy.typing import NDArray
-from PIL import Image
 
 from arat_dist.config import Recipe
-from arat_dist.report.figures import Plot, amplification, perturbations
-from arat_dist.report.gather import Evaluation, RunRecord, data_name, printable, standard_error
+from arat_dist.report.figures import Plot
+from arat_dist.report.gallery import gallery
+from arat_dist.report.gather import Evaluation, RunRecord, data_name, standard_error
 from arat_dist.report.names import attack_name, duration_name, evaluation_name, radius_name, share_name
 from arat_dist.report.peers import Comparison, known_data
-from arat_dist.report.pictures import STEPS, Attacked
+from arat_dist.report.pictures import Attacked
 from arat_dist.report.plots import letters, marker_of
 from arat_dist.report.style import DARK, LIGHT, colour
 from arat_dist.tracking import flatten
 
-LARGEST_PNG = 64
-"""Side up to which pictures are kept as they are, in pixels; larger ones become JPEG."""
 _SIGNS = {"o": "circle", "^": "triangle", "D": "diamond", "s": "square"}
 
 
@@ -229,52 +224,6 @@ def warning_rows(records: Sequence[RunRecord]) -> list[dict[str, str]]:
         for evaluation in record.evaluations
         for warning in evaluation.warnings
     ]
-
-
-def gallery(record: RunRecord, attacked: Attacked) -> dict[str, Any]:
-    """The pictures of a run: each before and after the attack, and what was added."""
-    names = [printable(name) for name in attacked.class_names]
-    noise = perturbations(attacked)
-    cards = []
-    for at, position in enumerate(attacked.shown):
-        label, before, after = (
-            int(each)
-            for each in (
-                attacked.labels[position],
-                attacked.clean_predictions[position],
-                attacked.adversarial_predictions[at],
-            )
-        )
-        cards.append(
-            {
-                "sample": int(attacked.samples[position]),
-                "label": names[label],
-                "before": {"name": names[before], "is_right": before == label, "share": attacked.confidences[at, 0]},
-                "after": {"name": names[after], "is_right": after == label, "share": attacked.confidences[at, 1]},
-                "clean": picture_uri(attacked.clean[at]),
-                "noise": picture_uri(noise[at]),
-                "adversarial": picture_uri(attacked.adversarial[at]),
-            }
-        )
-    return {
-        "run": record.label,
-        "cards": cards,
-        "factor": f"{amplification(attacked):.3g}",
-        "attack": f"PGD-{STEPS}, {radius_name(attacked.norm, attacked.eps)}",
-        "num_samples": len(attacked.samples),
-        "clean": float(attacked.is_clean_right.mean()),
-        "robust": float(attacked.is_robust.mean()),
-        "is_small": attacked.clean.shape[1] <= LARGEST_PNG,
-    }
-
-
-def picture_uri(picture: NDArray[Any]) -> str:
-    """A picture uint8 [H,W,3], or float in [0,1], as a data: URI."""
-    pixels = picture if picture.dtype == np.uint8 else np.rint(picture * 255).astype(np.uint8)
-    kind = "PNG" if len(pixels) <= LARGEST_PNG else "JPEG"
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind, **({"optimize": True} if kind == "PNG" else {"quality": 92}))
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def recipe_differences(records: Sequence[RunRecord]) -> list[tuple[str, list[str]]]:

@@ -17,7 +17,7 @@ from toys import Sets
 
 from arat_dist.errors import UserError
 from arat_dist.report.build import write_report
-from arat_dist.report.page import picture_uri
+from arat_dist.report.gallery import picture_uri
 from arat_dist.report.style import DARK, LIGHT, styled, to_svg
 from arat_dist.run import Run
 from arat_dist.tracking import Replica

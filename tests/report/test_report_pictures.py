@@ -12,7 +12,7 @@ from toys import BlotchSource, Sets
 
 from arat_dist.attacks import PGD
 from arat_dist.errors import UserError
-from arat_dist.report.figures import amplification, perturbations
+from arat_dist.report.gallery import amplification, perturbations
 from arat_dist.report.pictures import FACTORS, Attacked, attack_run, attack_target, choose
 from arat_dist.run import Run
 from arat_dist.targets import open_target
