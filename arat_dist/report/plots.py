@@ -124,8 +124,9 @@ def comparison_plot(comparison: Comparison, *, has_key: bool) -> Figure:
     for point, name in zip(points, letters(len(points)), strict=True):
         _draw_point(axes, point, name)
     axes.plot([0, 1], [0, 1], color=GRID, linewidth=1, zorder=0)
-    axes.set_xlim(*_room([point.clean for point in points]))
-    axes.set_ylim(*_room([point.robust for point in points]))
+    bars = [point.errors or (0.0, 0.0) for point in points]
+    axes.set_xlim(*_room([p.clean + side * bar[0] for p, bar in zip(points, bars, strict=True) for side in (-1, 1)]))
+    axes.set_ylim(*_room([p.robust + side * bar[1] for p, bar in zip(points, bars, strict=True) for side in (-1, 1)]))
     axes.set_xlabel("clean accuracy")
     axes.set_ylabel("robust accuracy")
     for axis in (axes.xaxis, axes.yaxis):

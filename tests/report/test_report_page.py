@@ -26,12 +26,12 @@ HOSTILE = '<img src=x onerror=alert(1)> & "$x_1$" \x07\N{SNOWMAN}'
 
 
 class Read(HTMLParser):
-    """Tags with their attributes, and all text, of a page."""
+    """Tags with their attributes, all text, and the words in plots, of a page."""
 
     def __init__(self, path: str | Path):
         super().__init__()
         self.tags: list[tuple[str, dict[str, str]]] = []
-        self.text = ""
+        self.text, self.words = "", []
         self.feed(Path(path).read_text())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -39,6 +39,8 @@ class Read(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
+        if self.tags and self.tags[-1][0] == "text":
+            self.words.append(data.strip())
 
     def all(self, tag: str) -> list[dict[str, str]]:
         return [attributes for name, attributes in self.tags if name == tag]
@@ -86,7 +88,7 @@ def test_names_are_text_wherever_they_stand(tmp_path):
     labels = np.arange(9) % 3
     verdicts = {"label": labels, "clean_right": labels < 3, "robust": labels < 2}
     runs = []
-    for name in (HOSTILE, "_under"):
+    for name in (HOSTILE, "_under", "$a_1$ <b>"):
         run = written_run(tmp_path, name, [line(1, loss=2, loss_adv=1)], summary(0.9, 0.5), Sets(val, val))
         result = {"clean_accuracy": 1, "robust_accuracy": 0.6, "warnings": ["<i>odd</i>"], "num_samples": 9}
         write_evaluation(run, "aa", result, verdicts)
@@ -101,6 +103,7 @@ def test_names_are_text_wherever_they_stand(tmp_path):
     assert "<img" not in title
     assert page.text.count(shown) > 5
     assert "<i>odd</i>" in page.text
+    assert {"_under", "$a_1$ <b>", "<b>ant", "$c"} <= set(page.words)  # of the plots
     assert all(name in page.text for name in ("<b>ant", 'bee"', "$c", "_under"))
     assert all(f"{run}: no attacked pictures" in page.text for run in (shown, "_under"))
     assert all(Path(plot).parent == tmp_path / "out" for plot in result["plots"])

@@ -71,7 +71,15 @@ def test_shown_pictures_are_those_of_the_set_and_stay_in_the_ball(attacked, trai
     factor = amplification(attacked)
     assert factor == pytest.approx(0.5 / np.abs(delta).max(), rel=1e-4)
     np.testing.assert_allclose(perturbations(attacked), 0.5 + factor * delta, atol=1e-4)
-    net = open_target(trained.folder.uri).classifier
+    target = open_target(trained.folder.uri)
+    net, attack = target.classifier, PGD("linf", attacked.eps, attacked.eps / 4, 20, seed=target.config.seed)
+    with net.branch("adv"):
+        for at, index in enumerate(samples.tolist()):
+            x, y = torch.tensor(VAL[index][0]).permute(2, 0, 1)[None].float() / 255, torch.tensor([VAL[index][1]])
+            moved = attack(lambda x, y=y: F.cross_entropy(net(x), y, reduction="none"), x, torch.tensor([index]))
+            # A gradient near zero may have another sign in a batch of another size.
+            same = np.isclose(moved[0].permute(1, 2, 0), attacked.adversarial[at], atol=1e-5)
+            assert same.mean() > 0.9
     pixels = torch.tensor(attacked.adversarial).permute(0, 3, 1, 2)
     with torch.no_grad(), net.branch("adv"):
         shares = net(pixels).softmax(1)
