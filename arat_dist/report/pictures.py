@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,8 @@ from arat_dist.objectives.base import to_pixels
 from arat_dist.report.gather import RunRecord
 from arat_dist.storage import Storage
 from arat_dist.targets import Target, open_target
+
+logger = logging.getLogger(__name__)
 
 CACHE = "report"
 STEPS = 20
@@ -115,7 +118,10 @@ def attack_run(record: RunRecord, *, limit: int, num_shown: int, on_progress: On
         return kept
     target = open_target(record.run.folder.uri)
     attacked = attack_target(target, limit=limit, num_shown=num_shown, on_progress=on_progress)
-    _write(folder, name, attacked, load_manifest(target.data.val).sha256)
+    try:
+        _write(folder, name, attacked, load_manifest(target.data.val).sha256)
+    except OSError as error:  # a run of somebody else's may be there to read alone
+        logger.warning("%s: %s; the next report attacks again", folder.uri, error.strerror or error)
     return attacked
 
 

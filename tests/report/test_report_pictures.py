@@ -151,6 +151,15 @@ def test_another_checkpoint_other_data_and_half_a_file_are_no_match(sets: Sets, 
     assert len(calls) == 3
 
 
+def test_a_run_that_can_only_be_read_is_attacked_all_the_same(trained, monkeypatch, caplog):
+    def refuse(*_: Any) -> None:
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr("arat_dist.storage.Storage.write", refuse)
+    assert len(attack_run(record(trained), limit=2, num_shown=1, on_progress=ignore).samples) == 2
+    assert "Read-only file system; the next report attacks again" in caplog.text
+
+
 def test_no_pictures_are_a_curve_alone(trained):
     attacked = attack_run(record(trained), limit=3, num_shown=0, on_progress=ignore)
     assert attacked.clean.shape == (0, 0, 0, 3)
