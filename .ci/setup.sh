@@ -56,6 +56,8 @@ list_missing_packages() {
         echo "python$version-dev"
     "$python" -c 'import ensurepip' 2>/dev/null || echo "python$version-venv"
     ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || echo postgresql
+    # Ubuntu has Chromium as a snap only; Chrome does as well.
+    command -v chromium >/dev/null || command -v google-chrome >/dev/null || { grep -qx ID=debian /etc/os-release && echo chromium; } || true
 }
 
 find_python

@@ -11,8 +11,9 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from arat_dist.config import Recipe
@@ -223,6 +224,34 @@ def sync(run: Run, recipe: Recipe) -> dict[str, Any]:
         "status": "FINISHED" if summary else "FAILED",
         "metrics_sent": replica.num_sent,
     }
+
+
+def log_report(run: Run, files: Sequence[Path]) -> None:
+    """Put files into MLflow's copy of a run, as artifacts under report/; nothing where MLflow has none.
+
+    Raises:
+        TrackingError: MLflow can't be reached, or refuses.
+    """
+    notes = run.folder.read_json(MLFLOW)
+    if "run_id" not in notes:
+        return
+    uri = notes["tracking_uri"]
+    try:
+        _check_database(uri)
+        from mlflow.tracking import MlflowClient
+
+        logging.getLogger("mlflow").setLevel(logging.ERROR)
+        client = MlflowClient(uri)
+        for file in files:
+            client.log_artifact(notes["run_id"], str(file), "report")
+    except Exception as error:
+        raise TrackingError(f"{uri}: {one_line(error)}") from error
+
+
+def _check_database(uri: str) -> None:
+    """Refuse an sqlite file that is gone: MLflow would make an empty one in its place (FileNotFoundError)."""
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).exists():
+        raise FileNotFoundError("no such file")
 
 
 def tracking_uri(recipe: Recipe, run: Run) -> str | None:

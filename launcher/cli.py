@@ -201,6 +201,17 @@ def _parser() -> argparse.ArgumentParser:
         help="timm: a folder for timm and the Hugging Face hub; onnx: model.onnx, pixels in [0,1] to logits (timm)",
     )
 
+    verb = _verb(commands, "report", verbs.report, "show runs on one page: what they reached, and how")
+    verb.add_argument("targets", metavar="RUN", nargs="+")
+    verb.add_argument("--out", metavar="DIR", required=True, help="for report.html and its plots as PNG files")
+    verb.add_argument("--pictures", type=_count, default=8, help="that are shown of each run, with their attack (8)")
+    verb.add_argument(
+        "--limit",
+        type=_count,
+        default=256,
+        help="pictures of each run that are attacked for the report, in this process; 0: none (256)",
+    )
+
     verb = _verb(commands, "submit", verbs.submit, "run a verb as a job in a Ray cluster, and follow its log")
     verb.add_argument("--address", metavar="URL", required=True, help="of the cluster's dashboard: http://HOST:8265")
     verb.add_argument("--no-wait", action="store_true", help="print the job's id and leave")

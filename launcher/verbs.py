@@ -165,6 +165,18 @@ def export(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def report(args: argparse.Namespace) -> dict[str, Any]:
+    """`arat report`."""
+    from arat_dist.report.build import write_report
+    from launcher.work_progress import WorkProgress
+
+    with WorkProgress("attacking pictures") as show:
+        result = write_report(args.targets, args.out, limit=args.limit, num_pictures=args.pictures, on_progress=show)
+    missing = "".join(f"\n  left out: {line}" for line in result["left_out"])
+    _print_unless_json(args, f"{result['report']}, and {len(result['plots'])} plots beside it{missing}")
+    return result
+
+
 def track_sync(args: argparse.Namespace) -> dict[str, Any]:
     """`arat track sync`."""
     from arat_dist.run import Run

@@ -132,6 +132,8 @@ def test_a_bad_recipe_is_refused_by_one_line(overrides, parts, tiny, capsys, mon
         (["eval", "nowhere"], ["nowhere: a run", "an export", "timm:"]),
         (["eval", "timm:resnet10t"], ["--data: missing"]),
         (["export", "nowhere", "out"], ["nowhere: not a run"]),
+        (["report", "nowhere", "--out", "out"], ["nowhere: not a run"]),
+        (["report", "nowhere", "--out", "out", "--picture", "3"], ["--picture: unknown argument"]),
         (["data", "check", "nowhere.beton"], ["nowhere.beton: no such file"]),
         (["data", "write", "dir:x", "x.beton"], ["dir:x: not a SOURCE", "folder:PATH"]),
         (["data", "write", "digits:train", "x.ffcv"], ["x.ffcv", "ends in .beton"]),
