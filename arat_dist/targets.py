@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import timm
 
@@ -35,6 +36,9 @@ class Target:
     cluster: the run's own section; None for a net that no run made.
     data: val is the set to evaluate on.
     config: attack, norm and eps; the latter two None where nothing says them.
+    weights: which of a run's; None for a net that no run made.
+    run: the run.
+    notes: what an export's config.json says of it; empty elsewhere.
     """
 
     uri: str
@@ -42,6 +46,9 @@ class Target:
     cluster: ClusterConfig | None
     data: DataConfig
     config: EvalConfig
+    weights: Weights | None = None
+    run: Run | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 def open_target(target: str, *, weights: Weights | None = None, val: str | None = None) -> Target:
@@ -67,18 +74,37 @@ def open_target(target: str, *, weights: Weights | None = None, val: str | None 
     recipe = run.recipe()
     data = recipe.data.model_copy(update={"val": absolute_path(val or recipe.data.val)})
     check_classes(data.val, recipe.data.num_classes)
-    classifier = load_run(run, recipe, weights)
-    data = with_centre_crop(data, classifier.backbone)
-    return Target(run.folder.uri, classifier, recipe.cluster, data, eval_config(recipe))
+    loaded = load_weights(run, recipe, weights)
+    data = with_centre_crop(data, loaded.classifier.backbone)
+    return Target(run.folder.uri, loaded.classifier, recipe.cluster, data, eval_config(recipe), loaded.weights, run)
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The net of one checkpoint.
+
+    classifier: in evaluation mode, on the CPU.
+    weights: which of the checkpoint's.
+    step: steps that it was trained for.
+    """
+
+    classifier: Classifier
+    weights: Weights
+    step: int
 
 
 def load_run(run: Run, recipe: Recipe, weights: Weights | None = None) -> Classifier:
     """The classifier in a run's newest good checkpoint (UserError: there is none, or it lacks those weights)."""
+    return load_weights(run, recipe, weights).classifier
+
+
+def load_weights(run: Run, recipe: Recipe, weights: Weights | None = None) -> Loaded:
+    """The same, with what was loaded: averaged weights where the checkpoint keeps them, unless told."""
     checkpoint = load_newest(run.checkpoints, with_optimizer=False)
     if checkpoint is None:
         raise UserError(f"{run.folder.uri}: has no whole checkpoint yet")
     classifier = build_objective(recipe.without_start()).classifier
-    kept = [name for name in ("raw", "ema", "swa") if name == "raw" or name in checkpoint.weights]
+    kept: list[Weights] = [name for name in get_args(Weights) if name == "raw" or name in checkpoint.weights]
     chosen = weights or kept[-1]
     if chosen not in kept:
         key = {"ema": "train.ema_decay", "swa": "train.swa_start_epoch"}[chosen]
@@ -89,7 +115,7 @@ def load_run(run: Run, recipe: Recipe, weights: Weights | None = None) -> Classi
         prefix = "classifier."
         state = {k.removeprefix(prefix): v for k, v in checkpoint.weights["model"].items() if k.startswith(prefix)}
         classifier.load_state_dict(state)
-    return classifier.eval()
+    return Loaded(classifier.eval(), chosen, checkpoint.step)
 
 
 @dataclass(frozen=True)
@@ -149,7 +175,7 @@ def check_classes(val: str, num_classes: int) -> None:
 def _open_export(folder: str, val: str) -> Target:
     metadata = read_metadata(folder)
     config = EvalConfig(norm=metadata.get("norm"), eps=metadata.get("eps"))
-    return _bare_target(absolute_path(folder), load_exported(folder), val, config)
+    return replace(_bare_target(absolute_path(folder), load_exported(folder), val, config), notes=metadata)
 
 
 def _open_timm(target: str, val: str) -> Target:

@@ -125,19 +125,26 @@ def train(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """`arat eval`."""
-    from launcher.evaluate import evaluate_target
-    from launcher.progress import results_table
+    from launcher.evaluate import Wanted, evaluate_target
+    from launcher.progress import console, evaluation_tables
 
-    changes = {"attack": args.attack, "norm": args.norm, "eps": args.eps}
-    changes |= {"limit": args.limit, "batch_size": args.batch_size}
-    result = evaluate_target(
+    keys = ("attack", "norm", "eps", "limit", "batch_size", "restarts", "precision", "seed")
+    wanted = Wanted(
         args.target,
         weights=args.weights,
+        branch=args.branch,
         val=args.data,
-        changes={key: value for key, value in changes.items() if value is not None},
-        num_workers=args.workers,
+        changes={key: getattr(args, key) for key in keys if getattr(args, key) is not None},
+        samples=args.samples,
+        transfer_from=args.transfer_from,
+        corruptions=args.corruptions,
+        severity=args.severity,
+        out=args.out,
     )
-    _print_unless_json(args, results_table(args.target, [("", result)]))
+    result = evaluate_target(wanted, args.workers)
+    for warning in result["warnings"]:
+        console.print(f"warning: {warning}", highlight=False, soft_wrap=True, markup=False)
+    _print_unless_json(args, *evaluation_tables(result))
     return result
 
 

@@ -6,8 +6,9 @@ hides from fails for reasons that show. Counts are of samples; a difference coun
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 @dataclass(frozen=True)
@@ -79,17 +80,17 @@ def _strength_warnings(figures: ProbeFigures) -> Iterator[str]:
 
 
 def square_warnings(standing: list[tuple[str, int]], num_samples: int) -> list[str]:
-    """Whether Square, at the end of a suite, breaks what attacks by gradients have left (the AutoAttack authors' check).
+    """Whether Square, at the end of a suite, breaks what attacks by gradients have left (its authors' check).
 
     Args:
         standing: samples left by each attack, in order.
         num_samples: of the evaluation.
     """
-    for (before, left), (name, least) in zip(standing, standing[1:], strict=False):
+    for (before, left), (name, least) in pairwise(standing):
         if name == "square" and left - least > max(1.0, 0.002 * num_samples):
             return [
-                f"black box beats white box: Square breaks {left - least} of the {left} pictures that the attacks up to "
-                f"{before} left: gradients may be masked; more queries, or an adaptive attack, would be right"
+                f"black box beats white box: Square breaks {left - least} of the {left} pictures that the attacks up "
+                f"to {before} left: gradients may be masked; more queries, or an adaptive attack, would be right"
             ]
     return []
 
@@ -102,7 +103,7 @@ def branch_warnings(branch: str, *, is_split: bool) -> list[str]:
 
 
 def notes_warnings(
-    noted: dict[str, object], *, clean_accuracy: float, robust_accuracy: float | None, num_samples: int
+    noted: Mapping[str, object], *, clean_accuracy: float, robust_accuracy: float | None, num_samples: int
 ) -> list[str]:
     """Whether an export behaves unlike what its own notes say of it: the other branch, or other weights, perhaps.
 
@@ -118,10 +119,12 @@ def notes_warnings(
         if not isinstance(before, float) or measured is None:
             continue
         # Four standard errors of a share, and some room for another set or a stronger attack.
-        room = 4 * (max(before * (1 - before), 0.01) / num_samples) ** 0.5 + (0.1 if name == "robust_accuracy" else 0.05)
+        room = 4 * (max(before * (1 - before), 0.01) / num_samples) ** 0.5 + (
+            0.1 if name == "robust_accuracy" else 0.05
+        )
         if before - measured > room:
             found.append(
-                f"{name} is {measured:.3f}, the export's own notes say {before:.3f}: other pictures, or not the weights "
-                "or the branch that was measured then"
+                f"{name} is {measured:.3f}, the export's own notes say {before:.3f}: other pictures, or not the "
+                "weights or the branch that was measured then"
             )
     return found

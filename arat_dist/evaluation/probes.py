@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -12,7 +13,7 @@ from arat_dist.attacks import PGD, Norm, input_gradient
 from arat_dist.data.order import spread
 from arat_dist.evaluation.attacks import EvaluationAttack, Net, RestartedPGD, Square
 from arat_dist.evaluation.guards import ProbeFigures
-from arat_dist.evaluation.stages import Answer, Runner, Stage, pixels_of
+from arat_dist.evaluation.stages import Runner, Stage, pixels_of
 from arat_dist.evaluation.verdicts import Nets, Verdicts, predictions_of
 from arat_dist.losses import cross_entropy
 
@@ -31,7 +32,12 @@ class FGSM:
     name: str = "fgsm"
 
     def __call__(
-        self, net: Net, pixels: Tensor, labels: Tensor, keys: Tensor, judge: Net | None = None  # noqa: ARG002
+        self,
+        net: Net,
+        pixels: Tensor,
+        labels: Tensor,
+        keys: Tensor,
+        judge: Net | None = None,  # noqa: ARG002
     ) -> Tensor:
         """See `EvaluationAttack`."""
         return PGD(self.norm, self.eps, self.eps, 1, "none")(lambda x: cross_entropy(net(x), labels), pixels, keys)
@@ -60,9 +66,7 @@ class Probes:
         """Forward passes that a picture takes."""
         return sum(attack.cost for attack in self.attacks.values())
 
-    def compute(
-        self, nets: Nets, other: Net | None, images: Tensor, labels: Tensor, keys: Tensor
-    ) -> dict[str, Tensor]:
+    def compute(self, nets: Nets, other: Net | None, images: Tensor, labels: Tensor, keys: Tensor) -> dict[str, Tensor]:
         """A `Compute`: whether each picture still stands after each attack, 0 or 1."""
         pixels = pixels_of(images, nets.dtype)
         stands = {
@@ -77,9 +81,14 @@ class Probes:
         return {name: stand.long() for name, stand in stands.items()}
 
 
-def probe(
-    nets: Nets, other: Net | None, probes: Probes, runner: Runner, verdicts: Verdicts
-) -> tuple[ProbeFigures, Answer]:
+class Probed(NamedTuple):
+    """What the probes found, and how long they took, in seconds."""
+
+    figures: ProbeFigures
+    wall_s: float
+
+
+def probe(nets: Nets, other: Net | None, probes: Probes, runner: Runner, verdicts: Verdicts) -> Probed:
     """Probe a few of the pictures that are right when clean; every rank calls it and gets the same figures.
 
     Args:
@@ -95,9 +104,10 @@ def probe(
     stage = Stage("probes", verdicts.samples[places], columns, partial(probes.compute, nets, other))
     answer = runner.run(stage, num_samples=len(places), cost=probes.cost, later_cost=0)
     counts = {name: int(column.sum()) for name, column in answer.columns.items()}
-    return ProbeFigures(
+    figures = ProbeFigures(
         num_samples=len(places),
         measured=int(verdicts.standing()[places].sum()),
         zero_gradients=counts.pop("zero_gradient"),
         **counts,
-    ), answer
+    )
+    return Probed(figures, answer.wall_s)
