@@ -220,7 +220,9 @@ class FABT:
     @property
     def cost(self) -> int:
         """See `EvaluationAttack`."""
-        return self.num_targets * 4 * self.steps
+        return (
+            self.num_targets * 6 * self.steps
+        )  # three passes for gradients and predictions; projections as much again
 
     def __call__(
         self,
