@@ -39,10 +39,10 @@ def _listed(file: str, val: str, manifest: Manifest) -> Samples:
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line]
     if not numbered:
         raise UserError(f"--samples: {file}: is empty; a line for each sample, its index or its name, would be right")
-    by_name = {} if all(line.isdecimal() for _, line in numbered) else _names(file, val, manifest)
+    by_name = {} if all(_is_index(line) for _, line in numbered) else _names(file, val, manifest)
     seen: dict[int, int] = {}
     for number, line in numbered:
-        index = int(line) if line.isdecimal() else by_name.get(_tail(line, 2), by_name.get(_tail(line, 1), -1))
+        index = int(line) if _is_index(line) else by_name.get(_tail(line, 2), by_name.get(_tail(line, 1), -1))
         if not 0 <= index < manifest.num_samples:
             raise UserError(
                 f"--samples: {file}: line {number}: {line}: no sample of {val}, which has {manifest.num_samples}"
@@ -72,6 +72,10 @@ def _names(file: str, val: str, manifest: Manifest) -> dict[str, int]:
     files = Counter(_tail(name, 1) for name in names)
     by_file = {_tail(name, 1): index for index, name in enumerate(names) if files[_tail(name, 1)] == 1}
     return by_file | {_tail(name, 2): index for index, name in enumerate(names)}
+
+
+def _is_index(line: str) -> bool:
+    return line.removeprefix("-").isdecimal()
 
 
 def _tail(name: str, count: int) -> str:
