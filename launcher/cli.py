@@ -159,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--limit", type=_positive, help="only so many pictures, evenly spaced")
     verb.add_argument("--seed", type=_count, help="of the attacks' random numbers (the recipe's)")
     verb.add_argument("--workers", type=_count, default=0, help="Ray workers that share the work; 0: this process (0)")
+    verb.add_argument("--threads", type=_positive, help="that torch uses in each worker (the cores, shared out)")
     verb.add_argument("--batch-size", type=_positive, help=f"most pictures of a pass ({EvalConfig().batch_size})")
     verb.add_argument("--out", metavar="DIR", help="for the results (default: RUN/evaluations, or evaluations/TARGET)")
     verb.epilog = "What is finished is kept: the same command goes on after an interruption, and answers at once later."
@@ -190,6 +191,19 @@ def _parser() -> argparse.ArgumentParser:
     verb = _verb(bench, "train", verbs.bench_train, "train a recipe in this process and tell what the loop costs")
     verb.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
     verb.epilog = "Recipe keys can be overridden, as in --train.max_steps 100."
+
+    verb = _verb(
+        bench, "eval", verbs.bench_eval, "APGD against its authors' code, and workers that share an evaluation"
+    )
+    verb.add_argument("target", metavar="RUN|EXPORT_DIR|timm:ARCH[:WEIGHTS_FILE]")
+    verb.add_argument("--data", metavar="FILE.beton", help="(default: the recipe's data.val)")
+    verb.add_argument("--norm", help="linf, l2 or l1 (default: the recipe's)")
+    verb.add_argument("--eps", help="radius in pixel units, such as 8/255 (default: the recipe's)")
+    verb.add_argument("--limit", type=_positive, default=128, help="pictures, evenly spaced (128)")
+    verb.add_argument("--threads", type=_positive, help="that torch uses for APGD (torch's own choice)")
+    verb.add_argument("--repeats", type=_positive, default=5, help="rounds, of which medians are taken (5)")
+    verb.add_argument("--workers", type=_several, help="also time so many workers of one thread against one of them")
+    verb.add_argument("--attack", default="autoattack", help="that the workers share (autoattack)")
 
     verb = _verb(bench, "engine", verbs.bench_engine, "what a rank holds under DDP and each stage of DeepSpeed ZeRO")
     _step_options(verb, batch_size=16, attack_steps=1)

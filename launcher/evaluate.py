@@ -60,12 +60,13 @@ class Wanted:
     out: str | None = None
 
 
-def evaluate_target(wanted: Wanted, num_workers: int) -> dict[str, Any]:
+def evaluate_target(wanted: Wanted, num_workers: int, num_threads: int | None = None) -> dict[str, Any]:
     """Measure a run, an export or a timm net, or go on measuring it; a question that has its answer gets that.
 
     Args:
         wanted: what to measure.
         num_workers: size of the worker group; 0 stays in this process.
+        num_threads: that torch uses in each; default: this machine's cores, shared out.
 
     Returns:
         The JSON object of `arat eval`, which is in the evaluation's folder as well.
@@ -73,9 +74,9 @@ def evaluate_target(wanted: Wanted, num_workers: int) -> dict[str, Any]:
     Raises:
         UserError: something that the user gave can't work; nothing was started or written.
     """
-    target = open_target(wanted.target, weights=wanted.weights, val=wanted.val)
+    target, config = open_wanted(wanted)
     source = _open_source(wanted, target)
-    question = _question(wanted, target, source)
+    question = _question(wanted, target, source, config)
     folder = _folder(wanted, target) / question.label
     if answer := folder.read_json(RESULT):
         logger.info("measured before: %s", folder.path(RESULT))
@@ -89,9 +90,17 @@ def evaluate_target(wanted: Wanted, num_workers: int) -> dict[str, Any]:
         in_place = target.data.model_copy(update={"stage_to": None})
         work = partial(_evaluate, question, replace(target, data=in_place), source, folder.uri)
     with tempfile.TemporaryDirectory() as scratch, EvaluationProgress(wanted.target, folder), stop_on_sigterm() as stop:
-        cluster = evaluation_cluster(target.cluster or ClusterConfig(storage=scratch), num_workers)
+        cluster = evaluation_cluster(target.cluster or ClusterConfig(storage=scratch), num_workers, num_threads)
         check_gpus(cluster)
         return run_workers(work, cluster, "eval", stop)
+
+
+def open_wanted(wanted: Wanted) -> tuple[Target, EvalConfig]:
+    """The net, and the section with what was asked for (UserError: one of them can't be)."""
+    target = open_target(wanted.target, weights=wanted.weights, val=wanted.val)
+    config = _changed(target.config, wanted.changes)
+    check_ball(wanted, target, config)
+    return target, config
 
 
 def _open_source(wanted: Wanted, target: Target) -> Target | None:
@@ -107,9 +116,7 @@ def _open_source(wanted: Wanted, target: Target) -> Target | None:
     return source
 
 
-def _question(wanted: Wanted, target: Target, source: Target | None) -> Question:
-    config = _changed(target.config, wanted.changes)
-    check_ball(wanted, target, config)
+def _question(wanted: Wanted, target: Target, source: Target | None, config: EvalConfig) -> Question:
     if wanted.branch == "clean" and not target.classifier.is_split:
         raise UserError(f"--branch: clean: {wanted.target} has one branch, adv; a run with split norms would be right")
     if source is not None and config.attack == "none":
@@ -154,17 +161,20 @@ def check_writable(folder: Storage) -> None:
         raise UserError(f"--out: {folder.uri}: can't be written: {error.strerror or error}") from error
 
 
-def evaluation_cluster(cluster: ClusterConfig, num_workers: int) -> ClusterConfig:
+def evaluation_cluster(cluster: ClusterConfig, num_workers: int, num_threads: int | None = None) -> ClusterConfig:
     """Where an evaluation runs: on what this machine has, or on workers like those of the run, in its cluster.
 
     Args:
         cluster: the run's own section.
         num_workers: size of the worker group; 0 stays in this process.
+        num_threads: of each; default: this machine's cores, shared out, or the run's where it names a cluster.
     """
     changes: dict[str, Any] = {"workers": num_workers}
     if cluster.address is None or not num_workers:
         changes["gpus_per_worker"] = int(torch.cuda.is_available())
         changes["cpus_per_worker"] = max(1, (os.cpu_count() or 1) // max(1, num_workers))
+    if num_threads is not None:
+        changes["cpus_per_worker"] = num_threads
     return cluster.model_copy(update=changes)
 
 

@@ -27,7 +27,8 @@ Net = Callable[[Tensor], Tensor]
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 """From logits [B,C], labels [B] and the attack's target classes [B] to the loss of each sample, [B], to climb."""
 
-_LIBRARY_NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
+LIBRARY_NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
+"""Norms as pyautoattack names them."""
 
 
 class EvaluationAttack(Protocol):
@@ -237,7 +238,7 @@ class FABT:
 
         fab = FABAttack_PT(
             net,
-            norm=_LIBRARY_NORMS[self.norm],
+            norm=LIBRARY_NORMS[self.norm],
             n_iter=self.steps,
             eps=self.eps,
             seed=batch_seed(self.seed, self.name, keys),
@@ -277,7 +278,7 @@ class Square:
 
         square = SquareAttack(
             net,
-            norm=_LIBRARY_NORMS[self.norm],
+            norm=LIBRARY_NORMS[self.norm],
             n_queries=self.steps,
             eps=self.eps,
             seed=batch_seed(self.seed, self.name, keys),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from arat_dist.attacks import PGD
 from arat_dist.config import EvalConfig
-from arat_dist.evaluation.attacks import AutoPGD, FABT, RestartedPGD, Square, batch_seed, evaluation_attacks
+from arat_dist.evaluation.attacks import FABT, AutoPGD, RestartedPGD, Square, batch_seed, evaluation_attacks
 from arat_dist.models.classifier import Classifier
 
 RADII: dict[str, float] = {"linf": 0.12, "l2": 0.8, "l1": 4.0}

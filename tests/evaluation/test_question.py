@@ -144,7 +144,7 @@ def test_a_list_that_is_not_there_is_refused(sets: Sets, tmp_path):
     with pytest.raises(UserError, match=r"--samples: .*nowhere.txt: can't be read"):
         choose_samples(sets.val, None, f"{tmp_path}/nowhere.txt")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="--samples: .*binary: can't be read"):
+    with pytest.raises(UserError, match=r"--samples: .*binary: can't be read"):
         choose_samples(sets.val, None, f"{tmp_path}/binary")
 
 
