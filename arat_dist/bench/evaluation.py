@@ -107,6 +107,7 @@ def _library_attack(name: str, classifier: Classifier, config: EvalConfig) -> Ca
     from pyautoattack import AutoAttack
 
     assert config.norm is not None
+    assert config.eps is not None
     logging.getLogger("auto-attack").setLevel(logging.ERROR)
     suite = AutoAttack(
         classifier, norm=LIBRARY_NORMS[config.norm], eps=config.eps, seed=config.seed, device=classifier.mean.device

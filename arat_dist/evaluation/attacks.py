@@ -27,7 +27,7 @@ Net = Callable[[Tensor], Tensor]
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 """From logits [B,C], labels [B] and the attack's target classes [B] to the loss of each sample, [B], to climb."""
 
-LIBRARY_NORMS = {"linf": "Linf", "l2": "L2", "l1": "L1"}
+LIBRARY_NORMS: dict[str, Any] = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 """Norms as pyautoattack names them."""
 
 

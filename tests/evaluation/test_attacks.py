@@ -16,7 +16,7 @@ from arat_dist.evaluation.attacks import FABT, AutoPGD, RestartedPGD, Square, ba
 from arat_dist.models.classifier import Classifier
 
 RADII: dict[str, float] = {"linf": 0.12, "l2": 0.8, "l1": 4.0}
-LIBRARY = {"linf": "Linf", "l2": "L2", "l1": "L1"}
+LIBRARY: dict[str, Any] = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 
 
 def right_ones(net: Classifier, count: int = 200) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,7 +70,7 @@ def test_autoattack_is_the_authors_standard_version():
 def test_pictures_are_in_the_ball_and_the_clean_ones_stay(robust, norm, kind):
     pixels, labels, keys = right_ones(robust, 60)
     before = pixels.clone()
-    attack = {
+    attack: Any = {
         "pgd": RestartedPGD(norm, RADII[norm], 5, restarts=2),
         "apgd-ce": AutoPGD(norm, RADII[norm], 12, restarts=2),
         "apgd-t": AutoPGD(norm, RADII[norm], 12, num_targets=3),
@@ -90,7 +90,7 @@ def test_pictures_are_in_the_ball_and_the_clean_ones_stay(robust, norm, kind):
 
 def test_samples_that_fall_leave_the_batch_and_the_others_go_on_as_before(robust):
     """Against the same attack on each sample alone, in float64: nobody's verdict hangs on the batch."""
-    net = torch.nn.Module.double(robust)
+    net: Any = torch.nn.Module.double(robust)
     try:
         pixels, labels, keys = right_ones_in_double(net)
         sizes: list[int] = []
@@ -101,7 +101,9 @@ def test_samples_that_fall_leave_the_batch_and_the_others_go_on_as_before(robust
 
         attack = AutoPGD("linf", 0.12, 40)
         together = attack(watched, pixels, labels, keys)
-        alone = torch.cat([attack(net, *(t[i : i + 1] for t in (pixels, labels, keys))) for i in range(len(pixels))])
+        alone = torch.cat(
+            [attack(net, pixels[i : i + 1], labels[i : i + 1], keys[i : i + 1]) for i in range(len(pixels))]
+        )
         torch.testing.assert_close(together, alone, rtol=0, atol=1e-9)
         assert sizes[-1] < sizes[0] == len(pixels)
         assert sizes[1:] == sorted(sizes[1:], reverse=True)

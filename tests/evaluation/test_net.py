@@ -1,5 +1,7 @@
 """The copy that attacks see is the same function as the net, and the net is as before."""
 
+from typing import Any
+
 import pytest
 import timm
 import torch
@@ -34,7 +36,7 @@ def with_statistics(net: nn.Module) -> nn.Module:
 )
 def test_a_copy_gives_the_nets_logits(name, num_left):
     torch.manual_seed(0)
-    args = {"img_size": 64} if name.startswith("vit") else {}
+    args: dict[str, Any] = {"img_size": 64} if name.startswith("vit") else {}
     classifier = Classifier(with_statistics(timm.create_model(name, num_classes=5, **args)), [0.5] * 3, [0.3] * 3)
     classifier.eval()
     probe, pixels = torch.rand(2, 3, 64, 64), torch.rand(3, 3, 64, 64)

@@ -40,7 +40,7 @@ class Pictures:
     def __enter__(self) -> Any:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         pass
 
 

@@ -32,14 +32,14 @@ def finished(digits, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(finished, tmp_path_factory) -> pd.DataFrame:
+def uninterrupted(finished, tmp_path_factory) -> Any:
     out = tmp_path_factory.mktemp("uninterrupted")
     assert main(["eval", f"{finished}/done", *ATTACKS, "--out", str(out)]) == 0
     (folder,) = out.iterdir()
     return verdicts(folder)
 
 
-def verdicts(folder: Path) -> pd.DataFrame:
+def verdicts(folder: Path) -> Any:
     return pd.read_parquet(io.BytesIO((folder / "verdicts.parquet").read_bytes()))
 
 
