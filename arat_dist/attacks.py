@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from functools import partial
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from arat_dist.balls import BALLS, Ball, L1Ball, LinfBall, normal
+from arat_dist.balls import BALLS, Ball, LinfBall, normal
+from arat_dist.climb import Climb, MomentumClimb, Point, SparseClimb
 
 Loss = Callable[[Tensor], Tensor]
 """From pictures [B,3,H,W] to the loss of each, [B], that the attack climbs."""
@@ -27,7 +29,6 @@ GAUSSIAN_START = 0.001
 
 _GOLDEN = 0x9E3779B9 - 2**32
 """2**32 over the golden ratio, as int32."""
-_PER_SAMPLE = (-1, 1, 1, 1)
 
 
 class Attack(Protocol):
@@ -142,9 +143,15 @@ class APGD:
         start = STARTS[self.start](ball, pixels, keys, self.seed)
         if self.steps == 0:
             return start
-        if isinstance(ball, L1Ball):
-            return _climb_sparsely(ball, loss, start, pixels, self.eps, self.steps)
-        return _climb(ball, loss, start, self.eps, self.steps, self.rho)
+        begin = look_at(loss, start)
+        climb: Climb = (
+            SparseClimb(self.norm, pixels, self.eps, begin, self.steps)
+            if self.norm == "l1"
+            else MomentumClimb(self.norm, pixels, self.eps, begin, self.steps, self.rho)
+        )
+        for k in range(1, self.steps + 1):
+            climb.step(partial(look_at, loss, last=k == self.steps))
+        return climb.best.pictures
 
 
 STARTS: dict[str, Callable[[Ball, Tensor, Tensor, int], Tensor]] = {
@@ -172,85 +179,12 @@ def input_gradient(loss: Loss, pixels: Tensor) -> Tensor:
     return loss_and_gradient(loss, pixels)[1]
 
 
-class _Point(NamedTuple):
-    """Where each sample stands: pictures [B,3,H,W], their losses [B] and the losses' gradient."""
-
-    pictures: Tensor
-    losses: Tensor
-    gradient: Tensor
-
-
-def _look(loss: Loss, pictures: Tensor, *, last: bool = False) -> _Point:
+def look_at(loss: Loss, pictures: Tensor, *, last: bool = False) -> Point:
     """The point at some pictures; the last one of a climb needs no gradient and gets zeros."""
     if not last:
-        return _Point(pictures, *loss_and_gradient(loss, pictures))
+        return Point(pictures, *loss_and_gradient(loss, pictures))
     with torch.no_grad():
-        return _Point(pictures, loss(pictures), torch.zeros_like(pictures))
-
-
-def _choose(mask: Tensor, a: _Point, b: _Point) -> _Point:
-    """Each sample's point from `a` where the mask [B] holds, from `b` elsewhere."""
-    wide = mask.view(_PER_SAMPLE)
-    return _Point(
-        torch.where(wide, a.pictures, b.pictures),
-        torch.where(mask, a.losses, b.losses),
-        torch.where(wide, a.gradient, b.gradient),
-    )
-
-
-def _climb(ball: Ball, loss: Loss, start: Tensor, eps: float, steps: int, rho: float) -> Tensor:
-    """APGD in linf and l2, algorithm 1 of its paper; a sample that is stuck goes back before the next step."""
-    now = best = _look(loss, start)
-    previous, best_before = start, now.losses
-    step_size = start.new_full((len(start), 1, 1, 1), 2 * eps)
-    num_rises, halved = torch.zeros_like(now.losses), torch.zeros_like(now.losses, dtype=torch.bool)
-    last_check, checkpoints = 0, _checkpoints(steps)
-    for k in range(1, steps + 1):
-        pictures = ball.ascend(now.pictures, now.gradient, step_size)
-        if k > 1:
-            pictures = ball.project(now.pictures + 0.75 * (pictures - now.pictures) + 0.25 * (now.pictures - previous))
-        previous, losses_before = now.pictures, now.losses
-        now = _look(loss, pictures, last=k == steps)
-        num_rises = num_rises + (now.losses > losses_before)
-        best = _choose(now.losses > best.losses, now, best)
-        if k in checkpoints:
-            halved = (num_rises < rho * (k - last_check)) | (~halved & (best.losses <= best_before))
-            step_size = torch.where(halved.view(_PER_SAMPLE), step_size / 2, step_size)
-            now = _choose(halved, best, now)
-            num_rises, best_before, last_check = torch.zeros_like(num_rises), best.losses, k
-    return best.pictures
-
-
-def _climb_sparsely(ball: L1Ball, loss: Loss, start: Tensor, pixels: Tensor, eps: float, steps: int) -> Tensor:
-    """APGD in l1; constants from the paper's authors' code."""
-    now = best = _look(loss, start)
-    step_size = start.new_full((len(start), 1, 1, 1), eps)
-    share, num_moved = torch.full_like(step_size, 0.2), torch.full_like(step_size, pixels[0].numel())
-    for k in range(1, steps + 1):
-        now = _look(loss, ball.ascend(now.pictures, now.gradient, step_size, share), last=k == steps)
-        best = _choose(now.losses > best.losses, now, best)
-        if k % max(1, 4 * steps // 100) == 0:
-            num_moved_before, num_moved = num_moved, _num_moved(best.pictures, pixels)
-            sparser = num_moved < 0.95 * num_moved_before
-            step_size = torch.where(sparser, eps, (step_size / 1.5).clamp_min_(eps / 10))
-            share = num_moved / (1.5 * pixels[0].numel())
-            now = _choose(sparser.flatten(), best, now)
-    return best.pictures
-
-
-def _num_moved(pictures: Tensor, pixels: Tensor) -> Tensor:
-    """In how many numbers each sample differs from the clean one, [B,1,1,1]."""
-    return (pictures != pixels).sum((1, 2, 3), keepdim=True, dtype=pixels.dtype)
-
-
-def _checkpoints(steps: int) -> set[int]:
-    """The steps after which APGD looks back: 22 % of them, then in shrinking distances, at least 6 % apart."""
-    percent, distance, places = 22, 22, []
-    while percent < 100:
-        places.append(-(-percent * steps // 100))
-        distance = max(distance - 3, 6)
-        percent += distance
-    return set(places)
+        return Point(pictures, loss(pictures), torch.zeros_like(pictures))
 
 
 def uniform_noise(keys: Tensor, like: Tensor, seed: int) -> Tensor:

@@ -47,10 +47,20 @@ def _absolute(value: str) -> str:
     return value
 
 
-def _attack_name(value: str) -> str:
-    """Refuse what is neither "none" nor "pgdN", "apgd" or "apgdN"."""
-    if not re.fullmatch(r"none|pgd[1-9][0-9]{0,3}|apgd([1-9][0-9]{0,3})?", value):
-        raise ValueError("none, pgdN (N steps), such as pgd20, apgd or apgdN would be right")
+AUTOATTACK = ("apgd-ce", "apgd-t", "fab-t", "square")
+"""The attacks of AutoAttack's standard version, in their order."""
+
+ATTACKS = "none, pgdN (N steps), such as pgd20, apgd, apgdN, apgd-ce, apgd-t, fab-t, square, autoattack"
+"""What an evaluation may be asked for, in words."""
+
+
+def _attack_names(value: str) -> str:
+    """Refuse what is neither "none", "autoattack" nor a list of attacks, each once."""
+    names = value.split(",")
+    known = r"pgd[1-9][0-9]{0,3}|apgd([1-9][0-9]{0,3}|-ce|-t)?|fab-t|square"
+    is_list = all(re.fullmatch(known, name) for name in names) and len(set(names)) == len(names)
+    if not is_list and value not in ("none", "autoattack"):
+        raise ValueError(f"{ATTACKS}, or several attacks with commas between them, each once, would be right")
     return value
 
 
@@ -367,24 +377,37 @@ class EngineConfig(Section):
 class EvalConfig(Section):
     """The evaluation at the end of a run, and its default for `arat eval`."""
 
-    attack: Annotated[str, AfterValidator(_attack_name)] = "pgd20"
-    """none; pgdN: N steps of eps/4; apgdN: N steps of APGD, 100 if unsaid. One uniform start, eval mode, adv branch."""
+    attack: Annotated[str, AfterValidator(_attack_names)] = "pgd20"
+    """none; pgdN: N steps of eps/4 from a uniform start; apgd or apgd-ce (N steps: apgdN, 100 if unsaid), apgd-t, fab-t
+    and square as AutoAttack runs them; autoattack: its standard version, those four; or several of them with commas
+    between, each on what the ones before have left. Eval mode, adv branch."""
     norm: Literal["linf", "l2", "l1"] | None = None
     """Norm of the ball; default: attack.norm."""
     eps: Positive | None = None
     """Radius of the ball in pixel units of [0,1]; default: attack.eps."""
+    restarts: Count | None = None
+    """Starts of pgdN, apgd and apgd-ce; default: 1, of APGD in l1 5."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Of the passes of an evaluation, whatever the training's: weights stay as they are, half precision by autocast."""
     batch_size: Count = 128
-    """Pictures of one pass, per worker."""
+    """Most pictures of one pass, per worker; a small set is cut into smaller batches, so that all workers get some."""
     limit: Count | None = None
     """Only so many pictures, evenly spaced over the set; default: all."""
     every: Count | None = None
     """Epochs between two evaluations in the course of training; default: none."""
-    every_attack: Annotated[str, AfterValidator(_attack_name)] = "pgd10"
+    every_attack: Annotated[str, AfterValidator(_attack_names)] = "pgd10"
     """Their attack."""
     every_limit: Count | None = 1000
     """Their number of pictures, evenly spaced over the set; null: all."""
     seed: Annotated[Integer, Field(ge=0, lt=2**31)] = 0
-    """Fixes the attack's start per picture."""
+    """Fixes the attacks' random numbers, per picture or per batch."""
+
+    @property
+    def attack_names(self) -> tuple[str, ...]:
+        """The attacks one by one, in order."""
+        if self.attack == "none":
+            return ()
+        return AUTOATTACK if self.attack == "autoattack" else tuple(self.attack.split(","))
 
 
 class TrackConfig(Section):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import timm
 
@@ -35,6 +36,10 @@ class Target:
     cluster: the run's own section; None for a net that no run made.
     data: val is the set to evaluate on.
     config: attack, norm and eps; the latter two None where nothing says them.
+    weights: which of a run's; None for a net that no run made.
+    run: the run.
+    step: steps that its weights were trained for; None for a net that no run made.
+    notes: what an export's config.json says of it; empty elsewhere.
     """
 
     uri: str
@@ -42,6 +47,10 @@ class Target:
     cluster: ClusterConfig | None
     data: DataConfig
     config: EvalConfig
+    weights: Weights | None = None
+    run: Run | None = None
+    step: int | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
 
 
 def open_target(target: str, *, weights: Weights | None = None, val: str | None = None) -> Target:
@@ -69,9 +78,12 @@ def open_target(target: str, *, weights: Weights | None = None, val: str | None 
     recipe = run.recipe()
     data = recipe.data.model_copy(update={"val": absolute_path(val or recipe.data.val)})
     check_classes(data.val, recipe.data.num_classes)
-    classifier = load_run(run, recipe, weights)
-    data = with_centre_crop(data, classifier.backbone)
-    return Target(run.folder.uri, classifier, recipe.cluster, data, eval_config(recipe))
+    loaded = load_weights(run, recipe, weights)
+    data = with_centre_crop(data, loaded.classifier.backbone)
+    config = eval_config(recipe)
+    return Target(
+        run.folder.uri, loaded.classifier, recipe.cluster, data, config, loaded.weights, run, step=loaded.step
+    )
 
 
 @dataclass(frozen=True)
@@ -123,7 +135,7 @@ def check_classes(val: str, num_classes: int) -> None:
 def _open_export(folder: str, val: str) -> Target:
     metadata = read_metadata(folder)
     config = EvalConfig(norm=metadata.get("norm"), eps=metadata.get("eps"))
-    return _bare_target(absolute_path(folder), load_exported(folder), val, config)
+    return replace(_bare_target(absolute_path(folder), load_exported(folder), val, config), notes=metadata)
 
 
 def _open_timm(target: str, val: str) -> Target:

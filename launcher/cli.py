@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.logging import RichHandler
 
-from arat_dist.config import EvalConfig
+from arat_dist.config import ATTACKS, EvalConfig
 from arat_dist.errors import ClusterError, StoppedError, TrackingError, UserError, WorkersError
 from arat_dist.recipe import iter_keys
 from launcher import verbs
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"arat: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
-        goes_on = "goes on where it stopped" if args.verb in ("train", "demo") else "starts anew"
+        goes_on = "goes on where it stopped" if args.verb in ("train", "demo", "eval") else "starts anew"
         print(f"arat: interrupted; the same command {goes_on}", file=sys.stderr)
         return FAILED
     except StoppedError as error:
@@ -145,13 +145,24 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument(
         "--weights", choices=["raw", "ema", "swa"], help="of a run (default: the last of these that it keeps)"
     )
-    verb.add_argument("--attack", help="none, pgdN, such as pgd20, apgd or apgdN (default: the recipe's)")
+    verb.add_argument("--branch", choices=["adv", "clean"], default="adv", help="of a net with split norms (adv)")
+    verb.add_argument("--attack", help=f"{ATTACKS}, or several with commas between them (default: the recipe's)")
     verb.add_argument("--norm", help="linf, l2 or l1 (default: the recipe's)")
     verb.add_argument("--eps", help="radius in pixel units, such as 8/255 (default: the recipe's)")
+    verb.add_argument("--restarts", type=_positive, help="starts of pgdN, apgd and apgd-ce (1; APGD in l1: 5)")
+    verb.add_argument("--transfer-from", metavar="TARGET", help="make the adversarial pictures on this other net")
+    verb.add_argument("--corruptions", metavar="all|NAME,...", help="accuracy under common corruptions as well")
+    verb.add_argument("--severity", type=_severity, help="of the corruptions, 1 to 5 (all five)")
+    verb.add_argument("--precision", choices=["fp32", "bf16", "fp16"], help="of the passes (fp32)")
     verb.add_argument("--data", metavar="FILE.beton", help="what to evaluate on (default: the recipe's data.val)")
-    verb.add_argument("--workers", type=_count, default=0, help="Ray workers that share the work; 0: this process (0)")
+    verb.add_argument("--samples", metavar="FILE", help="a line for each sample to evaluate: its index or its name")
     verb.add_argument("--limit", type=_positive, help="only so many pictures, evenly spaced")
-    verb.add_argument("--batch-size", type=_positive, help=f"per worker ({EvalConfig().batch_size})")
+    verb.add_argument("--seed", type=_count, help="of the attacks' random numbers (the recipe's)")
+    verb.add_argument("--workers", type=_count, default=0, help="Ray workers that share the work; 0: this process (0)")
+    verb.add_argument("--threads", type=_positive, help="that torch uses in each worker (the cores, shared out)")
+    verb.add_argument("--batch-size", type=_positive, help=f"most pictures of a pass ({EvalConfig().batch_size})")
+    verb.add_argument("--out", metavar="DIR", help="for the results (default: RUN/evaluations, or evaluations/TARGET)")
+    verb.epilog = "What is finished is kept: the same command goes on after an interruption, and answers at once later."
 
     bench = commands.add_parser("bench", help="measure the speed of the parts").add_subparsers(
         dest="bench_verb", required=True, metavar="VERB"
@@ -180,6 +191,19 @@ def _parser() -> argparse.ArgumentParser:
     verb = _verb(bench, "train", verbs.bench_train, "train a recipe in this process and tell what the loop costs")
     verb.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
     verb.epilog = "Recipe keys can be overridden, as in --train.max_steps 100."
+
+    verb = _verb(
+        bench, "eval", verbs.bench_eval, "APGD against its authors' code, and workers that share an evaluation"
+    )
+    verb.add_argument("target", metavar="RUN|EXPORT_DIR|timm:ARCH[:WEIGHTS_FILE]")
+    verb.add_argument("--data", metavar="FILE.beton", help="(default: the recipe's data.val)")
+    verb.add_argument("--norm", help="linf, l2 or l1 (default: the recipe's)")
+    verb.add_argument("--eps", help="radius in pixel units, such as 8/255 (default: the recipe's)")
+    verb.add_argument("--limit", type=_positive, default=128, help="pictures, evenly spaced (128)")
+    verb.add_argument("--threads", type=_positive, help="that torch uses for APGD (torch's own choice)")
+    verb.add_argument("--repeats", type=_positive, default=5, help="rounds, of which medians are taken (5)")
+    verb.add_argument("--workers", type=_several, help="also time so many workers of one thread against one of them")
+    verb.add_argument("--attack", default="autoattack", help="that the workers share (autoattack)")
 
     verb = _verb(bench, "engine", verbs.bench_engine, "what a rank holds under DDP and each stage of DeepSpeed ZeRO")
     _step_options(verb, batch_size=16, attack_steps=1)
@@ -285,6 +309,7 @@ _positive = partial(_in_range, least=1)
 _several = partial(_in_range, least=2)
 _count = partial(_in_range, least=0)
 _percent = partial(_in_range, least=1, most=100)
+_severity = partial(_in_range, least=1, most=5)
 _side = partial(_in_range, least=1, most=65_500)  # libjpeg's limit
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -10,8 +12,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from arat_dist.evaluation.ledger import Ledger
+from arat_dist.storage import Storage
+
 console = Console(stderr=True)
 """Logs and progress: never on stdout, which is for results."""
+
+_LOOK_EVERY_S = 1.0
+_SAY_EVERY_S = 10.0
+"""Seconds between two lines about an evaluation where there is no terminal."""
 
 
 class TrainingProgress:
@@ -62,6 +71,93 @@ class TrainingProgress:
             )
 
 
+class EvaluationProgress:
+    """Shows how far an evaluation is, as its folder tells; a context, in which a thread looks once a second.
+
+    Args:
+        title: what is being evaluated.
+        folder: the evaluation's.
+    """
+
+    def __init__(self, title: str, folder: Storage):
+        self._title, self._ledger = title, Ledger(folder)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[state]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(title, total=None, state="starting")
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> None:
+        self._bar.start()
+        self._thread.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end.set()
+        self._thread.join()
+        self._bar.stop()
+
+    def _watch(self) -> None:
+        pace, said_s = Pace(), time.monotonic()
+        while not self._end.wait(_LOOK_EVERY_S):
+            try:
+                note, num_done = self._ledger.progress()
+            except OSError:  # a storage that is out of reach for a moment
+                continue
+            if not note:
+                continue
+            share, left_s = pace.look(note, num_done, time.monotonic())
+            state = f"{note['stage']}, {note['num_samples']} pictures, batch {num_done}/{note['num_batches']}"
+            state += "" if left_s is None else f", {_duration(left_s)} left"
+            self._bar.update(self._task, total=1, completed=share, state=state)
+            if not console.is_terminal and time.monotonic() - said_s > _SAY_EVERY_S:
+                said_s = time.monotonic()
+                console.print(f"{self._title}: {state}", highlight=False, soft_wrap=True)
+
+
+class Pace:
+    """How much of an evaluation is done, and how long the rest may take at the pace since the first look.
+
+    What later attacks will cost is reckoned from the pictures that stand now: most often a little too much.
+    """
+
+    def __init__(self) -> None:
+        self._stage, self._earlier, self._at_first = "", 0.0, None
+        self._cost = 0.0
+
+    def look(self, note: Mapping[str, Any], num_done: int, now_s: float) -> tuple[float, float | None]:
+        """The share that is done and the seconds left, None while nothing tells.
+
+        Args:
+            note: of the stage at work, as the ledger has it.
+            num_done: its finished batches.
+            now_s: by a clock that never goes back.
+        """
+        if note["stage"] != self._stage:
+            self._stage, self._earlier = note["stage"], self._earlier + self._cost
+        self._cost = float(note["num_samples"] * note["cost"])
+        done = self._earlier + self._cost * num_done / max(1, note["num_batches"])
+        total = self._earlier + self._cost + note["num_samples"] * note["later_cost"]
+        if self._at_first is None:
+            self._at_first = (now_s, done)
+        since_s, before = self._at_first
+        pace = (done - before) / max(1e-9, now_s - since_s)
+        return done / max(1.0, total), (total - done) / pace if pace > 0 else None
+
+
+def _duration(seconds: float) -> str:
+    """In the largest unit that leaves two digits."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
 def describe(line: dict[str, Any]) -> str:
     """One line of metrics in words: loss, training accuracies, speed."""
     accuracies = [
@@ -81,11 +177,40 @@ def results_table(title: str, rows: list[tuple[str, dict[str, Any]]]) -> Table:
             label,
             f"{row['clean_accuracy']:.4f}",
             "-" if row["robust_accuracy"] is None else f"{row['robust_accuracy']:.4f}",
-            f"{row.get('attack') or row['robust_attack']} {row['norm']}",
-            f"{row['eps'] * 255:.3g}/255" if row["norm"] == "linf" else f"{row['eps']:.4g}",
+            f"{row.get('attack') or row['robust_attack']} {row['norm'] or ''}",
+            _radius(row),
             str(row["num_samples"]),
         )
     return table
+
+
+def evaluation_tables(result: dict[str, Any]) -> list[Table]:
+    """What an evaluation found: the accuracies, what each attack left, and the corruptions."""
+    tables = [results_table(result["target"], [("", result)])]
+    if len(result["attacks"]) > 1:
+        table = Table(title="attack by attack")
+        for column in ("", "robust after it", "attacked", "s"):
+            table.add_column(column, justify="right" if column else "left")
+        for each in result["attacks"]:
+            row = (f"{each['robust_accuracy']:.4f}", str(each["num_attacked"]), f"{each['wall_s']:.1f}")
+            table.add_row(each["name"], *row)
+        tables.append(table)
+    if figures := result.get("corruptions"):
+        severities = sorted({each["severity"] for each in figures})
+        table = Table(title="accuracy under common corruptions, by severity")
+        for column in ("", *map(str, severities)):
+            table.add_column(column, justify="right" if column else "left")
+        for name in dict.fromkeys(each["name"] for each in figures):
+            table.add_row(name, *(f"{each['accuracy']:.4f}" for each in figures if each["name"] == name))
+        tables.append(table)
+    return tables
+
+
+def _radius(row: Mapping[str, Any]) -> str:
+    """Eps as it is usually written in its norm."""
+    if row["eps"] is None:
+        return "-"
+    return f"{row['eps'] * 255:.3g}/255" if row["norm"] == "linf" else f"{row['eps']:.4g}"
 
 
 def step_table(result: dict[str, Any]) -> Table:

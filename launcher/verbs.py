@@ -125,19 +125,26 @@ def train(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """`arat eval`."""
-    from launcher.evaluate import evaluate_target
-    from launcher.progress import results_table
+    from launcher.evaluate import Wanted, evaluate_target
+    from launcher.progress import console, evaluation_tables
 
-    changes = {"attack": args.attack, "norm": args.norm, "eps": args.eps}
-    changes |= {"limit": args.limit, "batch_size": args.batch_size}
-    result = evaluate_target(
+    keys = ("attack", "norm", "eps", "limit", "batch_size", "restarts", "precision", "seed")
+    wanted = Wanted(
         args.target,
         weights=args.weights,
+        branch=args.branch,
         val=args.data,
-        changes={key: value for key, value in changes.items() if value is not None},
-        num_workers=args.workers,
+        changes={key: getattr(args, key) for key in keys if getattr(args, key) is not None},
+        samples=args.samples,
+        transfer_from=args.transfer_from,
+        corruptions=args.corruptions,
+        severity=args.severity,
+        out=args.out,
     )
-    _print_unless_json(args, results_table(args.target, [("", result)]))
+    result = evaluate_target(wanted, args.workers, args.threads)
+    for warning in result["warnings"]:
+        console.print(f"warning: {warning}", highlight=False, soft_wrap=True, markup=False)
+    _print_unless_json(args, *evaluation_tables(result))
     return result
 
 
@@ -251,6 +258,41 @@ def bench_train(args: argparse.Namespace) -> dict[str, Any]:
         f"of the time went to what is not the step, {result['loader_wait_fraction']:.2%} to waiting for pictures, "
         f"{result['checkpoint_fraction']:.2%} to taking checkpoints",
     )
+    return result
+
+
+def bench_eval(args: argparse.Namespace) -> dict[str, Any]:
+    """`arat bench eval`."""
+    import torch
+
+    from arat_dist.bench.evaluation import bench_attacks, bench_workers
+    from launcher.evaluate import Wanted, open_wanted
+    from launcher.progress import console
+
+    changes = {key: getattr(args, key) for key in ("norm", "eps", "limit", "attack") if getattr(args, key) is not None}
+    target, config = open_wanted(Wanted(args.target, val=args.data, changes=changes))
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with console.status("building") as status:
+        result = bench_attacks(target, config, device, repeats=args.repeats, on_progress=status.update)
+        if args.workers:
+            result["scale"] = bench_workers(
+                target, config, workers=args.workers, repeats=args.repeats, on_progress=status.update
+            )
+    lines = [
+        f"{name}: {each['ours_s']:.2f} s, its authors' code {each['theirs_s']:.2f} s: {each['speedup']:.2f} x; leave "
+        f"{each['ours_robust']:.4f} and {each['theirs_robust']:.4f} of {each['num_attacked']} pictures, "
+        f"agree on {each['agreement']:.2%}"
+        for name, each in result.items()
+        if name != "scale"
+    ]
+    if scale := result.get("scale"):
+        lines.append(
+            f"{scale['attack']}: {scale['workers']} workers of a thread {scale['ratio']:.2f} x as fast as one "
+            f"({scale[f'{args.workers}x1_s']:.1f} s, {scale['1x1_s']:.1f} s)"
+        )
+    _print_unless_json(args, *lines)
     return result
 
 

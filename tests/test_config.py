@@ -247,7 +247,10 @@ def test_an_unknown_section():
         ({"train__epochs": "ten"}, "train.epochs: 'ten': "),
         ({"train__global_batch_size": 1}, "train.global_batch_size: 1: "),
         ({"train__ema_decay": 1}, "train.ema_decay: 1: input should be less than 1"),
-        ({"eval__attack": "pgd0"}, "eval.attack: 'pgd0': none, pgdN (N steps), such as pgd20, apgd or apgdN would"),
+        (
+            {"eval__attack": "pgd0"},
+            "eval.attack: 'pgd0': none, pgdN (N steps), such as pgd20, apgd, apgdN, apgd-ce, apgd-t, fab-t",
+        ),
         ({"eval__attack": "pgd"}, "eval.attack: 'pgd': "),
         ({"eval__attack": "apgd0"}, "eval.attack: 'apgd0': "),
         ({"data__val_crop": 0}, "data.val_crop: 0: "),

@@ -1,33 +1,37 @@
 """Counts against a loop written out over the pictures, one by one."""
 
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import on_ranks
+from torch import Tensor
 from toys import BlotchSource, Sets, toy_classifier, toy_recipe
 
-from arat_dist.attacks import APGD, PGD
-from arat_dist.config import EvalConfig
+from arat_dist.attacks import PGD
+from arat_dist.config import DataConfig, EvalConfig
 from arat_dist.data.loader import val_loader
 from arat_dist.engine import Rank
-from arat_dist.evaluate import count_correct, eval_config, evaluate, evaluation_attack, subset_shares
+from arat_dist.evaluate import attack_steps, eval_config, evaluate, subset
+from arat_dist.evaluation.attacks import RestartedPGD, evaluation_attacks
+from arat_dist.evaluation.ledger import Ledger
+from arat_dist.evaluation.stages import Runner
+from arat_dist.evaluation.verdicts import Nets, measure
 from arat_dist.models.classifier import Classifier
 
 CPU = torch.device("cpu")
 VAL = BlotchSource(23, 1)
 
 
-class Lone(Rank):
-    """One of several ranks, whose sum over all is left to the test."""
-
-    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor
-
-
 @pytest.fixture(scope="module")
 def net() -> Classifier:
+    return trained_net()
+
+
+def trained_net() -> Classifier:
     """A net that has learnt a little in its adv branch and nothing in the other."""
     torch.set_num_threads(1)
     classifier = toy_classifier()
@@ -85,42 +89,44 @@ def test_counts_equal_a_written_out_loop_on_the_adv_branch(net, sets: Sets):
 
 
 @pytest.mark.parametrize("limit", [None, 1, 5, 22, 99])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 7, 30])
-def test_every_sample_once_over_any_number_of_ranks(world_size, limit):
-    shares = [subset_shares(23, config(limit=limit), Rank(r, world_size, CPU)) for r in range(world_size)]
-    assert all(0 < len(batch) <= 4 for share in shares for batch in share)
-    seen = np.concatenate([batch for share in shares for batch in share])
-    count = min(limit or 23, 23)
-    assert len(seen) == len(set(seen.tolist())) == count
-    assert set(seen.tolist()) <= set(range(23))
-    # Sets are often sorted by class: a part is taken from all over.
-    if count == 5:
-        assert sorted(seen.tolist()) == [0, 4, 9, 13, 18]
+def test_a_limit_takes_pictures_from_all_over(limit):
+    chosen = subset(23, config(limit=limit)).tolist()
+    assert len(set(chosen)) == len(chosen) == min(limit or 23, 23)
+    # Sets are often sorted by class.
+    if limit == 5:
+        assert chosen == [0, 4, 9, 13, 18]
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 30])
-def test_the_sum_over_ranks_is_the_count_of_one(net, sets: Sets, world_size):
+def scores_at(rank: Rank, data: DataConfig) -> dict[str, Any]:
+    """What one of several processes finds, the net having been built there."""
+    return evaluate(trained_net(), data, config(attack="pgd3,apgd5", eps=0.005), rank).summary()
+
+
+def test_all_ranks_find_what_one_finds(net, sets: Sets, tmp_path):
     data = toy_recipe(sets).data
-    alone = evaluate(net, data, config(), Rank(0, 1, CPU))
-    parts = [evaluate(net, data, config(), Lone(r, world_size, CPU)) for r in range(world_size)]
-    assert sum(part.num_samples for part in parts) == 23
-    assert sum(part.num_clean for part in parts) == alone.num_clean
-    assert sum(part.num_robust or 0 for part in parts) == alone.num_robust
-    assert (min(part.num_samples for part in parts) == 0) == (world_size == 30)
+    alone = evaluate(net, data, config(attack="pgd3,apgd5", eps=0.005), Rank(0, 1, CPU))
+    together = on_ranks(partial(scores_at, data=data), tmp_path, 3)
+    assert together == [alone.summary()] * 3
+    assert 0 < (alone.num_robust or 0) < alone.num_clean
 
 
 def test_a_sample_that_is_wrong_before_the_attack_is_never_robust(net, sets: Sets):
-    """An attack that brings the right picture back: robust stays at most clean."""
-    data = toy_recipe(sets).data
+    """An attack that brings the right picture back: it isn't tried on samples that are wrong already."""
+    data, seen = toy_recipe(sets).data, []
 
-    def helpful(loss: Any, pixels: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        return PGD("linf", 0.3, 0.1, 5)(lambda x: -loss(x), pixels, keys)
+    class Helpful:
+        name, steps, cost = "helpful", 5, 1
+
+        def __call__(self, net: Any, pixels: Tensor, labels: Tensor, keys: Tensor, judge: Any = None) -> Tensor:
+            seen.extend(keys.tolist())
+            return PGD("linf", 0.3, 0.1, 5)(lambda x: -F.cross_entropy(net(x), labels, reduction="none"), pixels, keys)
 
     with val_loader(data, 23) as loader:
-        attack: Any = helpful
-        seen, clean, robust = count_correct(net, loader, [np.arange(23)], attack, CPU).tolist()
-    assert (seen, robust) == (23, clean)
-    assert clean < 23
+        runner = Runner(loader, Ledger(None), Rank(0, 1, CPU), 23)
+        verdicts = measure(Nets(net, net, net.dtype), [Helpful()], runner, np.arange(23))
+    assert verdicts.standing().tolist() == verdicts.clean_right.tolist()
+    assert seen == np.flatnonzero(verdicts.clean_right).tolist()
+    assert 0 < len(seen) < 23
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -158,18 +164,11 @@ def test_eps_norm_and_steps_are_those_given(net, sets: Sets):
 def test_the_attack_takes_norm_and_eps_from_training_unless_told_otherwise(sets: Sets):
     attack = {"norm": "l2", "eps": 0.5, "step_size": 0.1}
     taken = eval_config(toy_recipe(sets, attack=attack, eval={"attack": "pgd7", "seed": 4}))
-    assert evaluation_attack(taken) == PGD("l2", 0.5, 0.125, 7, "uniform", 4)
+    assert evaluation_attacks(taken) == [RestartedPGD("l2", 0.5, 7, 1, 4)]
     told = eval_config(toy_recipe(sets, attack=attack, eval={"norm": "linf", "eps": "4/255"}))
-    assert evaluation_attack(told) == PGD("linf", 4 / 255, 1 / 255, 2, "uniform", 0)
+    assert evaluation_attacks(told) == [RestartedPGD("linf", 4 / 255, 2, 1, 0)]
 
 
-@pytest.mark.parametrize(("name", "steps"), [("apgd", 100), ("apgd5", 5)])
-@pytest.mark.parametrize("norm", ["linf", "l2", "l1"])
-def test_apgd_is_known_by_its_name(net, sets: Sets, norm, name, steps):
-    assert evaluation_attack(config(attack=name, norm=norm, seed=4)) == APGD(norm, 0.02, steps, "uniform", 4)
-    if name == "apgd5":
-        radius = {"linf": 0.02, "l2": 0.3, "l1": 5.0}[norm]
-        settings = config(attack=name, norm=norm, eps=radius)
-        scores = evaluate(net, toy_recipe(sets).data, settings, Rank(0, 1, CPU))
-        assert (scores.num_robust or 0) < scores.num_clean
-        assert (scores.attack, scores.attack_steps, scores.norm) == ("apgd5", 5, norm)
+@pytest.mark.parametrize(("name", "steps"), [("apgd5", 5), ("autoattack", 100), ("square", 0), ("none", 0)])
+def test_the_summary_names_the_attack_and_its_steps(name, steps):
+    assert attack_steps(config(attack=name)) == steps

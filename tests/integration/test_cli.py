@@ -304,7 +304,8 @@ def test_another_recipe_under_the_name_of_a_run_is_refused(finished, digits, cap
         assert "optim.lr" in line
 
 
-def test_a_run_its_export_and_its_weights_score_the_same(finished, digits, capsys):
+def test_a_run_its_export_and_its_weights_score_the_same(finished, digits, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     data = ["--data", f"{digits}/val.beton"]
     # The export's own eps and norm are the run's; a bare timm net has to be told.
     results = []

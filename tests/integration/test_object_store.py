@@ -18,7 +18,7 @@ from arat_dist.errors import UserError
 from arat_dist.recipe import load_recipe
 from arat_dist.run import Run
 from launcher.cluster import connect, disconnect
-from launcher.evaluate import evaluate_target
+from launcher.evaluate import Wanted, evaluate_target
 from launcher.fit import fit
 
 STORAGE = "s3://runs-of-arat/runs"
@@ -76,5 +76,5 @@ def test_a_run_in_an_object_store_survives_a_worker_and_refuses_a_second_start(d
 
 def test_such_a_run_is_evaluated_where_it_is(digits):
     summary = json.loads(Run(STORAGE, "one").folder.read("summary.json"))
-    scores = evaluate_target(f"{STORAGE}/one", weights=None, val=None, changes={}, num_workers=0)
+    scores = evaluate_target(Wanted(f"{STORAGE}/one"), 0)
     assert scores["clean_accuracy"] == summary["clean_accuracy"]

@@ -27,7 +27,7 @@ from arat_dist.recipe import load_recipe, recipe_names
 from arat_dist.run import Run
 from arat_dist.train import train
 from launcher.cluster import connect, disconnect, run_workers
-from launcher.evaluate import evaluate_target
+from launcher.evaluate import Wanted, evaluate_target
 from launcher.fit import fit
 
 RECIPES = [name for name in recipe_names() if "/" not in name or name.startswith("paper/cifar10_resnet18")]
@@ -121,13 +121,8 @@ def test_an_evaluation_copies_on_workers_alone(trained, tmp_path, monkeypatch):
     write_beton(NoisePictures(10), tmp_path / "noise.beton")
     copy = folder.parent / "local" / f"{load_manifest(tmp_path / 'noise.beton').sha256}.beton"
     for workers in (0, 1):
-        result = evaluate_target(
-            str(folder),
-            weights=None,
-            val=str(tmp_path / "noise.beton"),
-            changes={"attack": "none"},
-            num_workers=workers,
-        )
+        noise, out = str(tmp_path / "noise.beton"), str(tmp_path / f"out{workers}")
+        result = evaluate_target(Wanted(str(folder), val=noise, changes={"attack": "none"}, out=out), workers)
         assert result["num_samples"] == 10
         assert copy.exists() == bool(workers)
 
@@ -149,19 +144,20 @@ def test_ray_keeps_no_checkpoints_of_its_own(trained):
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_00000006"]
 
 
-def test_two_workers_count_what_one_process_counts(trained):
+def test_two_workers_count_what_one_process_counts(trained, tmp_path):
     """Clean verdicts are exactly those of one process; so are the attacked ones, whose starts hang on the picture."""
     summary, folder, _ = trained
     # An odd number and a small batch: unequal shares, and a last batch that isn't full.
     changes = {"attack": "pgd2", "limit": 151, "batch_size": 16}
     one, two = (
-        evaluate_target(str(folder), weights=None, val=None, changes=changes, num_workers=workers) for workers in (0, 2)
+        evaluate_target(Wanted(str(folder), changes=changes, out=str(tmp_path / str(workers))), workers)
+        for workers in (0, 2)
     )
     counts = [tuple(round(result[key] * 151) for key in ("clean_accuracy", "robust_accuracy")) for result in (one, two)]
     assert one["num_samples"] == two["num_samples"] == 151
     assert counts[0] == counts[1]
     assert 0 < counts[0][0] < 151, "a net that is always or never right counts nothing"
-    whole = evaluate_target(str(folder), weights=None, val=None, changes={}, num_workers=0)
+    whole = evaluate_target(Wanted(str(folder), out=str(tmp_path)), 0)
     assert whole["clean_accuracy"] == summary["clean_accuracy"]
 
 
