@@ -12,8 +12,10 @@ setup: ## install what is missing: system packages, .venv, pinned Python package
 demo: setup ## train, evaluate and export a small robust net on the CPU
 	$(BIN)/arat demo
 
-test: setup ## run all tests
-	$(BIN)/python -m pytest
+# Two processes share out the quick ones by files; Ray's own processes fill the machine by themselves.
+test: setup ## run all tests but the slow ones
+	$(BIN)/python -m pytest -n 2 --dist loadfile tests --ignore tests/integration --ignore tests/slow
+	$(BIN)/python -m pytest tests/integration
 
 # Two runs, since each has its own Ray; the lines of both come last.
 test-slow: setup ## every failure done for real, one line each at the end; root, a quarter of an hour
