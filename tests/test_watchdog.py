@@ -43,7 +43,7 @@ def compile():
 
 def beat_for_long():
     say("beats")
-    for _ in range(30):
+    for _ in range(70):
         time.sleep(0.1)
         watchdog.beat()
 
@@ -154,7 +154,7 @@ def test_a_rank_that_is_stopped_from_outside_in_python_code_is_killed(tmp_path):
 
 
 def test_a_rank_that_gives_signs_of_life_lives(tmp_path):
-    with rank(tmp_path, "beat_for_long", step_s=2) as (process, watcher):
+    with rank(tmp_path, "beat_for_long", step_s=5) as (process, watcher):
         out, err = process.communicate(timeout=60)
         wait_until(lambda: not is_alive(watcher))
     assert (process.returncode, out, err) == (0, "beats\nwell\n", "")
