@@ -74,7 +74,12 @@ def failures(reporter: Any) -> dict[str, list[str]]:
 
 
 def pytest_terminal_summary(terminalreporter: Any):
-    """One line a failure; into the file FAILURES_LOG too, where that is set."""
+    """What tests have noted, and one line a failure; the latter into the file FAILURES_LOG too, where that is set."""
+    for report in terminalreporter.getreports("passed"):
+        notes = dict(report.user_properties)
+        if report.when == "call" and notes and "failure" not in notes:
+            said = "; ".join(f"{key} {value}" for key, value in notes.items())
+            terminalreporter.write_line(f"{report.nodeid.rpartition('::')[2]}: {said}")
     lines = [line for group in failures(terminalreporter).values() for line in group]
     if lines:
         terminalreporter.section("failures done for real")

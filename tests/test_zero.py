@@ -243,7 +243,14 @@ def close(a: Tensor, b: Tensor, what: str, tolerance: float = 1e-5) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("net", NETS)
-def test_steps_from_the_same_weights_are_those_of_ddp(two, net, stage):
+def test_steps_from_the_same_weights_are_those_of_ddp(two, net, stage, record_property):
+    for name in ("loss", "norm"):
+        pairs = [
+            (part["follow"][net][stage][n][name], part["follow"][net]["ddp"][n][name])
+            for part in two
+            for n in range(STEPS)
+        ]
+        record_property(f"{name} differs by at most", f"{max(abs(got / ddp - 1) for got, ddp in pairs):.1e}")
     for part in two:
         for number in range(STEPS):
             expected, got = part["follow"][net]["ddp"][number], part["follow"][net][stage][number]
