@@ -22,7 +22,7 @@ def on_ranks(function: Callable[[Rank], Any], folder: Path, world_size: int) -> 
     """The same on any number of ranks; one alone has no process group."""
     context = spawn(_worker, args=(world_size, function, str(folder)), nprocs=world_size, join=False)
     assert context is not None
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + 540
     try:
         while not context.join(timeout=1):
             assert time.monotonic() < deadline, "the two processes hang"
