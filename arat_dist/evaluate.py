@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from arat_dist.config import DataConfig, EvalConfig, Recipe
@@ -65,7 +65,8 @@ def evaluate(
 ) -> Scores:
     """Evaluate on data.val with the attacks that the section names; every rank calls it and gets the same scores.
 
-    What training measures itself by: the net as it is, on its adv branch, in one go.
+    What training measures itself by: the net as it is, on its adv branch, to the end: who is asked to stop meanwhile
+    takes the next step's word for it, when there is something to save.
 
     Args:
         classifier: on the rank's device; its mode, branch and buffers stay as they are.
@@ -79,7 +80,8 @@ def evaluate(
         classifier.branch("adv"),
         attacked(classifier, config.precision, beat) as net,
     ):
-        runner = Runner(loader, Ledger(None), rank, config.batch_size, beat)
+        heedless = replace(rank, stop_wanted=lambda: False)
+        runner = Runner(loader, Ledger(None), heedless, config.batch_size, beat)
         samples = subset(loader.num_samples, config)
         verdicts = measure(Nets(net, net, classifier.dtype), evaluation_attacks(config), runner, samples)
     return scores_of(verdicts, config)

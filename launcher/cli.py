@@ -43,8 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"arat: interrupted; the same command {goes_on}", file=sys.stderr)
         return FAILED
     except StoppedError as error:
-        where = "before the workers ran" if error.step is None else f"at step {error.step}"
-        print(f"arat: stopped {where}; the same command goes on", file=sys.stderr)
+        where = " before the workers ran" if error.step is None else f" at step {error.step}"
+        print(f"arat: stopped{'' if args.verb == 'eval' else where}; the same command goes on", file=sys.stderr)
         return FAILED
     except ClusterError as error:
         print(f"arat: {error}", file=sys.stderr)

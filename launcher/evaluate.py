@@ -81,6 +81,7 @@ def evaluate_target(wanted: Wanted, num_workers: int, num_threads: int | None = 
     if answer := folder.read_json(RESULT):
         logger.info("measured before: %s", folder.path(RESULT))
         return answer
+    check_gpus(evaluation_cluster(target.cluster or ClusterConfig(), num_workers, num_threads))
     check_writable(folder)
     if num_workers:
         # Each worker opens them anew: Ray's object store is no place for weights.
@@ -91,7 +92,6 @@ def evaluate_target(wanted: Wanted, num_workers: int, num_threads: int | None = 
         work = partial(_evaluate, question, replace(target, data=in_place), source, folder.uri)
     with tempfile.TemporaryDirectory() as scratch, EvaluationProgress(wanted.target, folder), stop_on_sigterm() as stop:
         cluster = evaluation_cluster(target.cluster or ClusterConfig(storage=scratch), num_workers, num_threads)
-        check_gpus(cluster)
         return run_workers(work, cluster, "eval", stop)
 
 

@@ -169,6 +169,12 @@ def test_the_attack_takes_norm_and_eps_from_training_unless_told_otherwise(sets:
     assert evaluation_attacks(told) == [RestartedPGD("linf", 4 / 255, 2, 1, 0)]
 
 
+def test_an_evaluation_of_training_is_not_stopped_in_the_middle(net, sets: Sets):
+    """A stop without a checkpoint would lose what was trained since the last one: the loop itself stops, later."""
+    scores = evaluate(net, toy_recipe(sets).data, config(), Rank(0, 1, CPU, stop_wanted=lambda: True))
+    assert scores.num_samples == 23
+
+
 @pytest.mark.parametrize(("name", "steps"), [("apgd5", 5), ("autoattack", 100), ("square", 0), ("none", 0)])
 def test_the_summary_names_the_attack_and_its_steps(name, steps):
     assert attack_steps(config(attack=name)) == steps

@@ -10,6 +10,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -107,34 +108,42 @@ class Runner:
         """
         began = time.perf_counter()
         batches = cut(stage.samples, self._batch_size)
-        # A number more than is meant, so that 0 is what nobody has computed.
+        edges = np.cumsum([0, *map(len, batches)])
+        spans = [slice(start, stop) for start, stop in pairwise(edges)]
+        kept = self._shared(self._kept(stage, batches, spans))
+        if self._rank.is_first:
+            self._ledger.note({"stage": stage.name, "num_batches": len(batches), **note})
+        open_batches = [number for number, span in enumerate(spans) if not kept[:, span].all()]
+        known = kept + self._shared(self._computed(stage, batches, spans, open_batches))
+        columns = {name: column - 1 for name, column in zip(stage.columns, known, strict=True)}
+        return Answer(columns, time.perf_counter() - began)
+
+    def _kept(self, stage: Stage, batches: Sequence[Samples], spans: Sequence[slice]) -> NDArray[np.int64]:
+        """What the ledger has, on the first rank: a row for each column, a number more than is meant, 0 elsewhere."""
         table = np.zeros((len(stage.columns), len(stage.samples)), np.int64)
-        places = np.cumsum([0, *map(len, batches)])
         if self._rank.is_first:
             for number, columns in self._ledger.load(stage.name, batches, stage.columns).items():
-                table[:, places[number] : places[number + 1]] = _stacked(stage, columns)
-            self._ledger.note({"stage": stage.name, "num_batches": len(batches), **note})
-        kept = self._shared(table)
-        open_batches = [
-            number for number in range(len(batches)) if not kept[:, places[number] : places[number + 1]].all()
-        ]
-        new, stopped = np.zeros_like(kept), 0
+                table[:, spans[number]] = _stacked(stage, columns)
+        return table
+
+    def _computed(
+        self, stage: Stage, batches: Sequence[Samples], spans: Sequence[slice], open_batches: Sequence[int]
+    ) -> NDArray[np.int64]:
+        """What this rank has computed when no batch is left: as `_kept` (StoppedError: see `run`)."""
+        table, stopped = np.zeros((len(stage.columns), len(stage.samples)), np.int64), 0
         meeting = Meeting(self._rank)
         for number in meeting.deal(open_batches):
             columns = self._compute(stage, batches[number])
             self._ledger.save(stage.name, number, batches[number], columns)
-            new[:, places[number] : places[number + 1]] = _stacked(stage, columns)
+            table[:, spans[number]] = _stacked(stage, columns)
             self._beat()
             if self._rank.stop_wanted():
                 meeting.close()
                 stopped = 1
         meeting.wait_for_all(self._beat)
-        if self._shared(np.array([[stopped]]))[0, 0]:
+        if self._shared(np.array([[stopped]])).any():
             raise StoppedError(None)
-        known = kept + self._shared(new)
-        return Answer(
-            {name: column - 1 for name, column in zip(stage.columns, known, strict=True)}, time.perf_counter() - began
-        )
+        return table
 
     def _compute(self, stage: Stage, samples: Samples) -> Columns:
         ((images, labels, keys),) = (Batch(*(t.clone() for t in batch)) for batch in self._loader.iterate([samples]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import logging
 import pickle
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,9 @@ from arat_dist.config import DataConfig, ModelConfig
 from arat_dist.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+_WRAPPERS = ("normaliz", "attacker.")
+"""Beginnings of the keys that wrappers around robust nets have beside the net's."""
 
 RESERVED_ARGS = {
     "num_classes": "data.num_classes",
@@ -75,8 +79,8 @@ def load_checkpoint(net: nn.Module, path: str, *, new_head: bool = True) -> None
     Raises:
         UserError: no such file, a file that only loads by running code, or weights of another net.
     """
-    state = _read_weights(path)
     expected = net.state_dict()
+    state = _unwrapped(_read_weights(path), expected, path)
     head = _head_keys(net)
     dropped = {k for k in head if k in expected and (k not in state or state[k].shape != expected[k].shape)}
     if dropped and not new_head:
@@ -129,6 +133,25 @@ def _read_weights(path: str) -> dict[str, Tensor]:
         ) from error
     if not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"model.checkpoint: {path}: holds more than named tensors; a state dict would be right")
+    return state
+
+
+def _unwrapped(state: dict[str, Tensor], expected: Mapping[str, Tensor], path: str) -> dict[str, Tensor]:
+    """The net's own part of a file in which a wrapper that normalises the pixels, or attacks, has its keys too.
+
+    Args:
+        state: what the file holds.
+        expected: the net's state dict.
+        path: the file's.
+    """
+    first = next(iter(expected))
+    for prefix in sorted({key.removesuffix(first) for key in state if key.endswith(first)}, key=len):
+        rest = [key for key in state if key.removeprefix(prefix) not in expected or not key.startswith(prefix)]
+        is_whole = all(prefix + key in state for key in expected)
+        if is_whole and (prefix or all(key.startswith(_WRAPPERS) for key in rest)):
+            if rest:
+                logger.info("%s: %d entries are not the net's and are left out, as %s", path, len(rest), rest[0])
+            return {key: state[prefix + key] for key in expected}
     return state
 
 

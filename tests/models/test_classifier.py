@@ -14,7 +14,7 @@ from torch import nn
 
 from arat_dist.config import DataConfig, ModelConfig
 from arat_dist.errors import UserError
-from arat_dist.models.backbone import create_backbone, with_centre_crop
+from arat_dist.models.backbone import create_backbone, load_checkpoint, with_centre_crop
 from arat_dist.models.classifier import Classifier, _probe, build_classifier
 from arat_dist.models.split_norm import SplitNorm, fold_branch
 from arat_dist.models.taps import automatic_taps, pool
@@ -280,6 +280,23 @@ def test_a_local_checkpoint_fills_both_branches(tmp_path, suffix, caplog):
     assert "classifier doesn't fit" in caplog.text
     folded = fold_branch(other.state_dict())
     assert all(torch.equal(folded[f"backbone.{k}"], v) for k, v in state.items() if not k.startswith("fc."))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model.", "module.model.", "backbone."])
+def test_weights_of_a_net_within_a_wrapper_are_found(tmp_path, prefix):
+    """Other people's robust nets lie in a module that normalises the pixels, or that attacked them in training."""
+    source = timm.create_model("resnet18", num_classes=7, **NARROW)
+    scramble(source)
+    state = {prefix + key: value for key, value in source.state_dict().items()}
+    extra = {"module.normalizer.new_mean": torch.zeros(3), f"module.attacker.{prefix}conv1.weight": torch.zeros(1)}
+    path = tmp_path / "wrapped.pth"
+    torch.save({"model": state | extra}, path)
+    net = timm.create_model("resnet18", num_classes=7, **NARROW)
+    load_checkpoint(net, str(path), new_head=False)
+    assert all(torch.equal(value, source.state_dict()[key]) for key, value in net.state_dict().items())
+    torch.save({"model": dict(list(state.items())[1:])}, path)
+    with pytest.raises(UserError, match=r"not the weights of this net|another number of classes"):
+        load_checkpoint(net, str(path), new_head=False)
 
 
 def test_a_checkpoint_of_another_net_or_with_code_is_refused(tmp_path):
