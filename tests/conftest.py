@@ -64,7 +64,7 @@ def failures(reporter: Any) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for outcome in ("passed", "failed", "error", "skipped"):
         for report in reporter.getreports(outcome):
-            notes = dict(report.user_properties)
+            notes = dict(getattr(report, "user_properties", ()))
             name = notes.pop("failure", None)
             if name is None or (outcome == "passed" and report.when != "call"):
                 continue
@@ -76,7 +76,7 @@ def failures(reporter: Any) -> dict[str, list[str]]:
 def pytest_terminal_summary(terminalreporter: Any):
     """What tests have noted, and one line a failure; the latter into the file FAILURES_LOG too, where that is set."""
     for report in terminalreporter.getreports("passed"):
-        notes = dict(report.user_properties)
+        notes = dict(getattr(report, "user_properties", ()))
         if report.when == "call" and notes and "failure" not in notes:
             said = "; ".join(f"{key} {value}" for key, value in notes.items())
             terminalreporter.write_line(f"{report.nodeid.rpartition('::')[2]}: {said}")
