@@ -10,7 +10,7 @@ class OnDevice(torch.Tensor):
     """A number that the host doesn't look at, as on a GPU."""
 
     @property
-    def device(self) -> torch.device:
+    def device(self) -> torch.device:  # pyright: ignore[reportIncompatibleVariableOverride]
         return torch.device("cuda")
 
     def __bool__(self) -> bool:
