@@ -9,12 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import on_two_ranks
+from toys import toy_classifier, toy_setting
 
 from arat_dist.agreement import Agreement
 from arat_dist.checkpoint import MANIFEST, Checkpoint, checkpoint_names, load_newest
-from arat_dist.engine import Rank
+from arat_dist.config import OptimConfig
+from arat_dist.engine import DDPEngine, Rank, set_statistics, statistics_of
 from arat_dist.errors import SupersededError
-from arat_dist.saving import Saver
+from arat_dist.objectives.at import AT
+from arat_dist.saving import Saver, capture
 from arat_dist.storage import Storage
 
 ALONE = Rank(0, 1, torch.device("cpu"))
@@ -92,6 +95,31 @@ def test_who_was_overtaken_hears_of_it_at_the_next_save(tmp_path):
         with pytest.raises(SupersededError):
             saver.finish(ALONE)
     assert names(tmp_path) == []
+
+
+def capture_statistics(rank: Rank) -> dict[str, Any]:
+    """What is saved of a net whose running statistics are the rank's number plus one, and what the rank has then."""
+    engine = DDPEngine(AT(toy_classifier(split=False), toy_setting(AT)), OptimConfig(), rank)
+    set_statistics(engine.objective, torch.full_like(statistics_of(engine.objective), rank.index + 1))
+    checkpoint = capture(1, engine, {}, rank, {}, {})
+    assert (checkpoint is not None) == rank.is_first
+    saved = checkpoint and {
+        "weights": dict(checkpoint.weights["model"]),
+        "rows": checkpoint.progress["statistics.model"],
+    }
+    return {"saved": saved, "own": statistics_of(engine.objective)}
+
+
+def test_weights_are_saved_with_the_ranks_mean_statistics_and_beside_them_each_ones_own(tmp_path):
+    """The mean is what an evaluation, an export and another world size get; the ranks keep theirs."""
+    first, second = on_two_ranks(capture_statistics, tmp_path)
+    assert second["saved"] is None
+    statistics = {name: v for name, v in first["saved"]["weights"].items() if "running_" in name}
+    assert len(statistics) == 4
+    assert all((value == 1.5).all() for value in statistics.values())
+    for index, part in enumerate((first, second)):
+        assert (part["own"] == index + 1).all()
+        assert (first["saved"]["rows"][index] == index + 1).all()
 
 
 def break_down(rank: Rank) -> list[str]:

@@ -523,9 +523,9 @@ def test_a_skipped_step_reaches_neither_averages_nor_counts_nor_diagnostics(sets
     assert ["gradient_cosine" in line and "branch_mean_distance" in line for line in lines] == [
         step not in {1, 5, 6} for step in range(9)
     ]
+    # One would be refused whose averages hold what is no number; at the end their statistics are measured anew.
+    assert checkpoint_names(run.checkpoints) == [f"step_{step:08d}" for step in (1, 3, 4, 5, 8, 9)]
     final = newest(run)
-    for state in final.weights.values():
-        assert all(value.isfinite().all() for value in state.values())
     # Since the end of the first epoch, after step 5.
     assert order.ends_epoch(5)
     assert final.weights["model"]["counts"][1] == sum(order.batch_size_at(step) for step in (7, 8))
