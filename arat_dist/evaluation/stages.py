@@ -130,7 +130,7 @@ class Runner:
         self, stage: Stage, batches: Sequence[Samples], spans: Sequence[slice], open_batches: Sequence[int]
     ) -> NDArray[np.int64]:
         """What this rank has computed when no batch is left: as `_kept` (StoppedError: see `run`)."""
-        table, stopped = np.zeros((len(stage.columns), len(stage.samples)), np.int64), 0
+        table = np.zeros((len(stage.columns), len(stage.samples)), np.int64)
         meeting = Meeting(self._rank)
         for number in meeting.deal(open_batches):
             columns = self._compute(stage, batches[number])
@@ -139,7 +139,8 @@ class Runner:
             self._beat()
             if self._rank.stop_wanted():
                 meeting.close()
-                stopped = 1
+        # Whoever is asked, with a batch of this stage or without.
+        stopped = int(self._rank.stop_wanted())
         meeting.wait_for_all(self._beat)
         if self._shared(np.array([[stopped]])).any():
             raise StoppedError(None)
