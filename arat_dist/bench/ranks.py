@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -86,6 +87,7 @@ def _serve(
 ) -> None:
     torch.set_num_threads(num_threads)
     if world_size > 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # else it listens where the host's name leads
         dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=index, world_size=world_size)
     try:
         answer = build(Rank(index, world_size, torch.device("cpu"), local_index=index), *args)
