@@ -117,8 +117,8 @@ def _trainer(work: Callable[[Rank], T], cluster: ClusterConfig, name: str, stop:
     longest_s = math.ceil(max(cluster.start_timeout_s, cluster.step_timeout_s))
     # Ray would take a worker for dead whose Python says nothing for 10 minutes; how long it may is up to the watchdog.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(longest_s + _WATCHDOG_S)
-    # Ray waits so long for places, then asks the scaling policy again. A group that may be smaller should hear soon that
-    # a machine, which Ray still counted, is gone.
+    # Ray waits so long for places, then asks the scaling policy again: soon, for a group that may be smaller, since Ray
+    # may have counted a machine that is gone.
     places_s = 60 if isinstance(cluster.workers, int) else 10
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(min(places_s, cluster.start_timeout_s))
     return Trainer(
