@@ -214,6 +214,18 @@ def test_listed_samples_are_measured(finished, tmp_path, capsys):
     assert verdicts(folder)["robust"].isna().all()
 
 
+def test_both_codes_are_timed_on_the_same_pictures_and_agree(finished, capsys):
+    options = ["--eps", "6/255", "--limit", "24", "--repeats", "1", "--threads", "1", "--json"]
+    assert main(["bench", "eval", f"{finished}/done", *options, "--workers", "2", "--attack", "pgd3,apgd5"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    for name in ("apgd-ce", "apgd-t"):
+        each = result[name]
+        assert 0 < each["num_attacked"] <= 24
+        assert each["speedup"] == pytest.approx(each["theirs_s"] / each["ours_s"])
+        assert each["agreement"] >= 0.9
+    assert result["scale"]["ratio"] == pytest.approx(result["scale"]["1x1_s"] / result["scale"]["2x1_s"])
+
+
 def test_bad_evaluations_are_refused_before_anything_is_written(finished, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run = f"{finished}/done"
