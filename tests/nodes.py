@@ -11,6 +11,7 @@ import ctypes
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import tempfile
 import threading
@@ -189,6 +190,7 @@ class Machines:
             "node_ip_address": f"{self._subnet}.1",
             "num_cpus": 0,
             "include_dashboard": True,
+            "dashboard_port": _free_port(),  # a Ray beside this one may have the usual one
             "object_store_memory": _OBJECT_STORE_BYTES,
             "temp_dir": str(self.disk / "ray"),
             "_system_config": HEALTH,
@@ -245,6 +247,11 @@ def _check(result: int, what: str) -> None:
     if result:
         number = ctypes.get_errno()
         raise OSError(number, f"{what}: {os.strerror(number)} (root in a machine of its own is needed)")
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
 
 
 def _run(*command: str) -> str:
