@@ -86,12 +86,18 @@ def rank(
     with subprocess.Popen(
         [sys.executable, "-c", RANK, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
-        assert process.stdout is not None
-        watcher = int(process.stdout.readline())
+        watcher = int(line_of(process))
         try:
             yield process, watcher
         finally:
             process.kill()
+
+
+def line_of(process: subprocess.Popen[str]) -> str:
+    """The next line of its output and nothing behind it: `communicate` doesn't see what a stream has read ahead."""
+    assert process.stdout is not None
+    with open(process.stdout.fileno(), "rb", buffering=0, closefd=False) as unbuffered:
+        return unbuffered.readline().decode()
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -143,8 +149,7 @@ def test_a_rank_that_hangs_is_killed_and_its_stacks_are_kept(tmp_path, does, sta
 def test_a_rank_that_is_stopped_from_outside_in_python_code_is_killed(tmp_path):
     # Longer than ten looks, so that there is one between nine tenths of it and its end.
     with rank(tmp_path, "beat_for_long", start_s=5, step_s=5) as (process, watcher):
-        assert process.stdout is not None
-        assert process.stdout.readline() == "beats\n"
+        assert line_of(process) == "beats\n"
         time.sleep(0.3)  # within the loop
         os.kill(process.pid, signal.SIGSTOP)
         process.communicate(timeout=60)
