@@ -8,6 +8,10 @@ class UserError(ValueError):
     """
 
 
+class TakenError(UserError):
+    """Another process is at work in the run's folder."""
+
+
 class WorkersError(RuntimeError):
     """The work failed on a worker, after all restarts.
 

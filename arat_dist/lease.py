@@ -13,7 +13,7 @@ import uuid
 from types import TracebackType
 from typing import Self
 
-from arat_dist.errors import UserError
+from arat_dist.errors import TakenError
 from arat_dist.storage import Storage
 
 LEASE = "lease.json"
@@ -35,7 +35,7 @@ class Lease(threading.Thread):
         name: the run's, for messages.
 
     Raises:
-        UserError: another process renews it.
+        TakenError: another process renews it.
     """
 
     def __init__(self, folder: Storage, name: str):
@@ -90,6 +90,6 @@ class Lease(threading.Thread):
             seen = now
 
 
-def taken(name: str) -> UserError:
+def taken(name: str) -> TakenError:
     """What to raise where another process has the run of a name."""
-    return UserError(f"--name: {name}: another process trains this run; its end, or another name, would be right")
+    return TakenError(f"--name: {name}: another process trains this run; its end, or another name, would be right")

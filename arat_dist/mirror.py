@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable
 from typing import Any, Self
 
-from arat_dist.config import Recipe
 from arat_dist.run import Run
 from arat_dist.tracking import Replica, one_line, without_password
 
@@ -73,12 +72,17 @@ class Mirror(threading.Thread):
     again, ever more rarely.
     """
 
-    def __init__(self, run: Run, recipe: Recipe, uri: str):
-        super().__init__(daemon=True, name=f"mirror {run.name}")
-        self._run, self._replica = run, Replica(run, recipe, uri)
+    def __init__(self, replica: Replica):
+        super().__init__(daemon=True, name=f"mirror {replica.run.name}")
+        self._replica = replica
         self._done = threading.Event()
         self._summary: dict[str, Any] | None = None
         self._is_complete = self._has_complained = False
+
+    @property
+    def uri(self) -> str:
+        """MLflow's."""
+        return self._replica.uri
 
     @property
     def run_id(self) -> str | None:
@@ -110,7 +114,7 @@ class Mirror(threading.Thread):
             logger.warning(
                 "MLflow at %s lacks the end of this run; `arat track sync %s` delivers it",
                 without_password(self._replica.uri),
-                self._run.folder.uri,
+                self._replica.run.folder.uri,
             )
 
     def _follow(self) -> None:

@@ -40,12 +40,7 @@ def _read(file: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     if file in below:
         names = " -> ".join(path.name for path in [*below, file])
         raise UserError(f"{below[0]}: base: {names}: goes round in a circle")
-    try:
-        tree = yaml.load(file.read_text(), Loader=_UniqueKeyLoader)  # noqa: S506  a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: not a YAML file: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{file}: a recipe is a mapping of sections, this holds {type(tree).__name__}")
+    tree = read_mapping(file, "recipe")
     if "base" not in tree:
         return tree
     base = tree.pop("base")
@@ -53,6 +48,17 @@ def _read(file: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(f"{file}: base: {base!r}: a recipe's name or its file, beside this one, would be right")
     beside = file.parent / base
     return _laid_over(_read(beside if beside.is_file() else find_recipe(base), (*below, file)), tree)
+
+
+def read_mapping(file: Path, what: str) -> dict[str, Any]:
+    """The mapping that a YAML file holds; `what` it is meant to be is for messages (UserError)."""
+    try:
+        tree = yaml.load(file.read_text(), Loader=_UniqueKeyLoader)  # noqa: S506  a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: not a YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{file}: a {what} is a mapping of sections, this holds {type(tree).__name__}")
+    return tree
 
 
 def _laid_over(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
@@ -85,15 +91,19 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def parse_recipe(tree: dict[str, Any], overrides: Iterable[tuple[str, Any]] = (), *, source: str = "recipe") -> Recipe:
+def parse_recipe(
+    tree: dict[str, Any], overrides: Iterable[tuple[str, Any]] = (), *, source: str = "recipe", quiet: bool = False
+) -> Recipe:
     """Check a recipe given as nested mappings, with overrides as in `load_recipe` laid into them.
+
+    Where another method or attack takes the place of one, the log says which keys go with it, unless `quiet`.
 
     Raises:
         UserError: one line that begins with `source`.
     """
     # Names first: changing one drops the keys of the old one, never those given beside it.
     for key, value in sorted(overrides, key=lambda override: override[0] not in _RENAMING):
-        _override(tree, key, value)
+        _override(tree, key, value, quiet=quiet)
     try:
         recipe = Recipe.model_validate(tree)
     except ValidationError as error:
@@ -110,23 +120,37 @@ def shipped_recipes() -> Path:
 
 def recipe_names() -> list[str]:
     """Names of all recipes that come with the package, sorted; those in folders as FOLDER/NAME."""
+    return [name for name in _shipped_names() if not name.startswith("search/")]
+
+
+def search_names() -> list[str]:
+    """Names of all searches that come with the package, sorted, each as search/NAME."""
+    return [name for name in _shipped_names() if name.startswith("search/")]
+
+
+def _shipped_names() -> list[str]:
     shipped = shipped_recipes()
     return sorted(file.relative_to(shipped).with_suffix("").as_posix() for file in shipped.rglob("*.yaml"))
 
 
 def find_recipe(path: str | Path) -> Path:
     """The recipe file that a user named: a path, or the name of a shipped one (UserError if neither)."""
-    shipped = shipped_recipes()
-    name = str(path).removeprefix("recipes/")
-    for candidate in (Path(path), shipped / name, shipped / f"{name}.yaml"):
-        if candidate.is_file():
-            return candidate
+    if (file := shipped_or_own(path)) is not None:
+        return file
     known = [name for name in recipe_names() if "/" not in name]
     folders = sorted({f"{name.partition('/')[0]}/" for name in recipe_names() if "/" in name})
     raise UserError(
         f"{path}: no such recipe; a YAML file, one of {', '.join(known)}, or one under {', '.join(folders)} "
         "would be right"
     )
+
+
+def shipped_or_own(path: str | Path) -> Path | None:
+    """A file that exists, given by its path or by the name under which it ships; None where there is none."""
+    shipped = shipped_recipes()
+    name = str(path).removeprefix("recipes/")
+    candidates = (Path(path), shipped / name, shipped / f"{name}.yaml")
+    return next((candidate for candidate in candidates if candidate.is_file()), None)
 
 
 def iter_keys() -> Iterator[tuple[str, str, str]]:
@@ -149,7 +173,7 @@ def _section_models(annotation: object) -> list[type[Section]]:
 _RENAMING: dict[str, tuple[str, ...]] = {"objective.name": (), "attack.name": ("step_size", "steps", "steps_from")}
 
 
-def _override(tree: dict[str, Any], key: str, value: object) -> None:
+def _override(tree: dict[str, Any], key: str, value: object, *, quiet: bool = False) -> None:
     """Set one dotted key. Another method or attack starts from its own defaults: the keys of the old one go."""
     parts = key.split(".")
     if len(parts) < 2:
@@ -168,7 +192,8 @@ def _override(tree: dict[str, Any], key: str, value: object) -> None:
             raise UserError(f"--{key}: {part} is not a section{_suggest(key)}")
     if key in _RENAMING and node.get("name") != value:
         own = _RENAMING[key] or tuple(node)
-        if dropped := [name for name in node if name in own and name != "name"]:
+        dropped = [name for name in node if name in own and name != "name"]
+        if dropped and not quiet:
             before = node.get("name", "the default")
             logger.warning("%s: %s in place of %s, whose keys go: %s", key, value, before, ", ".join(dropped))
         for name in dropped:

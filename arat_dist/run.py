@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -72,8 +72,8 @@ class Run:
         """Refuse a recipe that isn't this run's, if the run has begun (UserError); finished or not."""
         if not self.folder.exists(RECIPE):
             return
-        before = _essence(self.recipe())
-        differing = sorted(key for key, value in _essence(recipe).items() if value != before.get(key))
+        before = essence(self.recipe())
+        differing = sorted(key for key, value in essence(recipe).items() if value != before.get(key))
         if differing:
             raise UserError(
                 f"--name: {self.name}: the run of this name has another recipe (it differs in "
@@ -108,7 +108,8 @@ class Run:
         """Keep the run to this process inside the context: by a lock that ends with the process, or by a lease.
 
         Raises:
-            UserError: another process has it, or the folder can't be written.
+            TakenError: another process has it.
+            UserError: the folder can't be written.
         """
         if not self.storage.is_local:
             with Lease(self.folder, self.name):
@@ -202,9 +203,9 @@ class Run:
         return kept
 
 
-def _essence(recipe: Recipe) -> dict[str, Any]:
-    """Dotted keys and values of all that decides the weights."""
-    tree = recipe.model_dump(mode="json", exclude={*_FREE_SECTIONS})
+def essence(recipe: Recipe, free_sections: Collection[str] = _FREE_SECTIONS) -> dict[str, Any]:
+    """Dotted keys and values of all that decides the weights: of all sections but the free ones."""
+    tree = recipe.model_dump(mode="json", exclude={*free_sections})
     return {
         f"{section}.{key}": value
         for section, keys in tree.items()

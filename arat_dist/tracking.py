@@ -11,7 +11,8 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ for _name, _value in {
 _PASSWORD = re.compile(r"(://[^\s/@:]*:)[^\s/]*@")
 TAG = "arat.token"
 """Tag of an MLflow run by which the run that it belongs to finds it again."""
+_PARENT = "mlflow.parentRunId"
 _PARAM_LENGTH = 500
 _BATCH = 1000
 """Metrics that MLflow takes in one call; it applies all of a call or none."""
@@ -54,7 +56,7 @@ class Replica:
     """
 
     def __init__(self, run: Run, recipe: Recipe, uri: str):
-        self._run, self._recipe, self.uri = run, recipe, uri
+        self.run, self._recipe, self.uri = run, recipe, uri
         self.run_id: str | None = None
         self.num_sent = 0
         self._client: Any = None
@@ -69,7 +71,7 @@ class Replica:
         try:
             if self._there is None:
                 self._there, self._offset = self._connect(), 0
-            lines = list(self._run.metrics_from(self._offset))
+            lines = list(self.run.metrics_from(self._offset))
             self._send(metric for line, _ in lines for metric in self._metrics(line))
             self._offset = lines[-1][1] if lines else self._offset
         except Exception:
@@ -100,7 +102,7 @@ class Replica:
         """
         self._offset = 0
         self.update()
-        last = max((line["time_s"] for line in self._run.metrics()), default=0.0)
+        last = max((line["time_s"] for line in self.run.metrics()), default=0.0)
         keys = {f"val_{key}": summary.get(key) for key in ("clean_accuracy", "robust_accuracy")}
         try:
             if summary:
@@ -146,7 +148,7 @@ class Replica:
         found = self._find_or_create()
         run_id = found.info.run_id
         self._status, self._start_ms = found.info.status, found.info.start_time
-        values = flatten(self._recipe.model_dump(mode="json"))
+        values = flatten(self._settings())
         params = [Param(key, without_password(str(value))[:_PARAM_LENGTH]) for key, value in values.items()]
         self._client.log_batch(run_id, params=[each for each in params if each.key not in found.data.params])
         there = {
@@ -156,17 +158,21 @@ class Replica:
         self.run_id = run_id
         return there
 
+    def _settings(self) -> dict[str, Any]:
+        """What becomes the run's parameters."""
+        return self._recipe.model_dump(mode="json")
+
     def _find_or_create(self) -> Any:
         """The MLflow run. What finds it again is on the disk before it is created: an answer may be lost."""
         from mlflow.exceptions import MlflowException
 
-        notes = self._run.mlflow()
+        notes = self.run.mlflow()
         if notes.get("tracking_uri") != self.uri:
-            last = max((line["time_s"] for line in self._run.metrics()), default=0.0)
+            last = max((line["time_s"] for line in self.run.metrics()), default=0.0)
             start_ms = round(1000 * (time.time() - last))
             notes = {"tracking_uri": self.uri, "token": uuid.uuid4().hex, "start_ms": start_ms}
-        if notes != self._run.folder.read_json(MLFLOW):
-            self._run.folder.write_json(MLFLOW, notes)
+        if notes != self.run.folder.read_json(MLFLOW):
+            self.run.folder.write_json(MLFLOW, notes)
         if "run_id" in notes:
             try:
                 return self._client.get_run(notes["run_id"])
@@ -179,10 +185,10 @@ class Replica:
             same[0]
             if same
             else self._client.create_run(
-                experiment, start_time=notes["start_ms"], tags={TAG: notes["token"]}, run_name=self._run.name
+                experiment, start_time=notes["start_ms"], tags={TAG: notes["token"]}, run_name=self.run.name
             )
         )
-        self._run.folder.write_json(MLFLOW, notes | {"run_id": found.info.run_id})
+        self.run.folder.write_json(MLFLOW, notes | {"run_id": found.info.run_id})
         return found
 
     def _experiment(self) -> str:
@@ -190,15 +196,72 @@ class Replica:
         if (known := self._client.get_experiment_by_name(name)) is not None:
             return known.experiment_id
         # Without it, MLflow would put artifacts into ./mlruns of whoever comes first.
-        return self._client.create_experiment(name, artifact_location=f"{self._run.storage.uri}/mlartifacts")
+        return self._client.create_experiment(name, artifact_location=f"{self.run.storage.uri}/mlartifacts")
 
 
-def sync(run: Run, recipe: Recipe) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Child:
+    """What MLflow's run of a trial gets from the search it belongs to.
+
+    status: MLflow's, once the trial has ended; the trial itself knows no pruning.
+    """
+
+    run: Run
+    tags: dict[str, str]
+    status: str | None
+
+
+class SearchReplica(Replica):
+    """The MLflow run of a whole search, below which those of its trials are.
+
+    Args:
+        run: the search's folder; its metrics.jsonl has a line a trial.
+        recipe: what its trials' recipes begin with.
+        uri: MLflow tracking URI.
+        settings: of the search.
+        children: gives what its trials are to have, as of now.
+    """
+
+    def __init__(
+        self, run: Run, recipe: Recipe, uri: str, settings: dict[str, Any], children: Callable[[], Sequence[Child]]
+    ):
+        super().__init__(run, recipe, uri)
+        self._search_settings, self._children = settings, children
+        self._marked: dict[str, Child] = {}
+
+    def update(self) -> None:
+        """Send what came since, and mark the trials' runs."""
+        super().update()
+        for child in self._children():
+            run_id = child.run.folder.read_json(MLFLOW).get("run_id")
+            if run_id is not None and self._marked.get(run_id) != child:
+                self._mark(run_id, child)
+                self._marked[run_id] = child
+
+    def close(self, summary: dict[str, Any], *, at_the_last_line: bool = False) -> None:
+        """As for a run; the marks are compared once more, for a trial that was pruned calls itself failed."""
+        self._marked.clear()
+        super().close(summary, at_the_last_line=at_the_last_line)
+
+    def _mark(self, run_id: str, child: Child) -> None:
+        found = self._client.get_run(run_id)
+        for key, value in {_PARENT: self.run_id, **child.tags}.items():
+            if found.data.tags.get(key, "") != value:
+                self._client.set_tag(run_id, key, value)
+        if child.status is not None and found.info.status != child.status:
+            self._client.set_terminated(run_id, child.status, found.info.end_time)
+
+    def _settings(self) -> dict[str, Any]:
+        return super()._settings() | {"search": self._search_settings}
+
+
+def sync(run: Run, recipe: Recipe, replicate: Callable[[Run, Recipe, str], Replica] = Replica) -> dict[str, Any]:
     """Deliver to MLflow what it lacks of a run that isn't training now; once more changes nothing.
 
     Args:
         run: finished or not, known to MLflow or not.
         recipe: its recipe; `track` says where to.
+        replicate: makes the replica.
 
     Returns:
         `name`, `mlflow_tracking_uri`, `mlflow_run_id`, `status` there, and `metrics_sent`, the number that was missing.
@@ -210,7 +273,7 @@ def sync(run: Run, recipe: Recipe) -> dict[str, Any]:
     uri = tracking_uri(recipe, run)
     if uri is None:
         raise UserError(f"track.mlflow: false: the run {run.name} has no mirror; --track.mlflow true would be right")
-    replica = Replica(run, recipe, uri)
+    replica = replicate(run, recipe, uri)
     with run.locked():
         summary = run.summary()  # inside: a training may have ended just now
         try:

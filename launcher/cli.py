@@ -25,7 +25,7 @@ from launcher.submit import JobError
 BAD_INPUT = 2
 FAILED = 1
 
-_TAKE_OVERRIDES = ("train", "demo", "bench", "track")
+_TAKE_OVERRIDES = ("train", "tune", "demo", "bench", "track")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,12 +39,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"arat: {error}", file=sys.stderr)
         return BAD_INPUT
     except KeyboardInterrupt:
-        goes_on = "goes on where it stopped" if args.verb in ("train", "demo", "eval") else "starts anew"
+        goes_on = "goes on where it stopped" if args.verb in ("train", "tune", "demo", "eval") else "starts anew"
         print(f"arat: interrupted; the same command {goes_on}", file=sys.stderr)
         return FAILED
     except StoppedError as error:
         where = " before the workers ran" if error.step is None else f" at step {error.step}"
-        print(f"arat: stopped{'' if args.verb == 'eval' else where}; the same command goes on", file=sys.stderr)
+        print(
+            f"arat: stopped{'' if args.verb in ('eval', 'tune') else where}; the same command goes on", file=sys.stderr
+        )
         return FAILED
     except ClusterError as error:
         print(f"arat: {error}", file=sys.stderr)
@@ -139,6 +141,15 @@ def _parser() -> argparse.ArgumentParser:
     verb.epilog = "Any recipe key can be overridden with --SECTION.KEY VALUE:\n\n" + "\n".join(
         f"  --{key} (default: {default})\n        {doc}" for key, default, doc in iter_keys()
     )
+
+    verb = _verb(commands, "tune", verbs.tune, "search over recipe keys, or go on with an unfinished search")
+    verb.add_argument("recipe", metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")
+    verb.add_argument("--search", metavar="SEARCH.yaml", required=True, help="a file, or the name of a shipped one")
+    verb.add_argument("--trials", type=_positive, help="their number, in place of the file's")
+    verb.add_argument("--name", help="the search's folder under cluster.storage (default: the search file's name)")
+    verb.add_argument("--workers", type=_workers, metavar="N|MIN:MAX", help="cluster.workers of each trial")
+    verb.add_argument("--address", help="cluster.address")
+    verb.epilog = "Recipe keys can be overridden for all trials, as in --train.seed 1."
 
     verb = _verb(commands, "eval", verbs.evaluate, "measure clean and robust accuracy")
     verb.add_argument("target", metavar="RUN|EXPORT_DIR|timm:ARCH[:WEIGHTS_FILE]")

@@ -40,6 +40,12 @@ os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
 os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
 # What workers say is little, and Ray would explain its folding of equal lines at length.
 os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+# Ray Tune: no files for each trial, no tables, no tracebacks of trials; what it would save is read by nobody.
+os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+os.environ.setdefault("TUNE_DISABLE_STRICT_METRIC_CHECKING", "1")
+os.environ.setdefault("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
+os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "86400")
+os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 
 T = TypeVar("T")
 
@@ -92,7 +98,7 @@ def run_workers(
     name = f"{name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     asked = Stop(name)
     try:
-        answer = _in_thread(_trainer(work, cluster, name, asked).fit, stop, asked).return_value
+        answer = in_thread(_trainer(work, cluster, name, asked).fit, stop, asked).return_value
     except WorkerGroupError as error:
         raise _first_failure(error) from None
     except ControllerError as error:
@@ -176,7 +182,7 @@ def stop_on_sigterm() -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _in_thread(work: Callable[[], T], stop: threading.Event, asked: Stop) -> T:
+def in_thread(work: Callable[[], T], stop: threading.Event, asked: Stop) -> T:
     """Call it in a thread of its own: in the main one Ray takes over Ctrl-C, and makes of it an exit with status 0.
 
     Meanwhile the controller is told when the event is set.
@@ -209,6 +215,7 @@ def connect(cluster: ClusterConfig) -> None:
     import ray
 
     if ray.is_initialized():
+        _name_the_cluster()
         return
     check_parts()
     on_sigterm = signal.getsignal(signal.SIGTERM)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -26,7 +27,7 @@ from arat_dist.mirror import Follower, Mirror
 from arat_dist.preflight import check_recipe
 from arat_dist.run import Run
 from arat_dist.storage import absolute_path
-from arat_dist.tracking import tracking_uri, without_password
+from arat_dist.tracking import Replica, tracking_uri, without_password
 from arat_dist.train import num_steps, train
 from launcher.cluster import run_workers, stop_on_sigterm
 from launcher.progress import TrainingProgress
@@ -37,7 +38,9 @@ T = TypeVar("T")
 OnLine = Callable[[dict[str, Any]], None]
 
 
-def fit(recipe: Recipe, name: str, on_line: OnLine | None = None) -> dict[str, Any]:
+def fit(
+    recipe: Recipe, name: str, on_line: OnLine | None = None, stop: threading.Event | None = None
+) -> dict[str, Any]:
     """Train a recipe under a name, or go on with the unfinished run of that name; returns the summary.
 
     A finished run is left as it is.
@@ -46,10 +49,11 @@ def fit(recipe: Recipe, name: str, on_line: OnLine | None = None) -> dict[str, A
         recipe: the resolved recipe.
         name: the run's folder under cluster.storage.
         on_line: gets every line of metrics.jsonl as it comes, in a thread of its own; default: a progress bar.
+        stop: asks it to stop once it is set; default: SIGTERM does.
 
     Raises:
         UserError: something that the user gave can't work; mostly nothing was started or written.
-        StoppedError: SIGTERM came; there is a checkpoint to go on from.
+        StoppedError: it was asked to stop; there is a checkpoint to go on from.
     """
     began = time.perf_counter()
     run = Run(recipe.cluster.storage, name)
@@ -64,9 +68,9 @@ def fit(recipe: Recipe, name: str, on_line: OnLine | None = None) -> dict[str, A
         if summary := run.summary():  # another process has just come to its end
             return summary
         run.open(recipe, load_manifest(recipe.data.train).sha256)
-        started = trained_start(recipe, *start, on_line) if start else recipe
-        mirror = Mirror(run, recipe, uri) if uri else None
-        trained = _train(started, run, mirror, on_line)
+        started = trained_start(recipe, *start, on_line, stop) if start else recipe
+        mirror = Mirror(Replica(run, recipe, uri)) if uri else None
+        trained = _train(started, run, mirror, on_line, stop)
         summary = {
             "name": name,
             "recipe_sha256": recipe.sha256(),
@@ -122,19 +126,24 @@ def clean_recipe(recipe: Recipe, objective: ARRESTConfig) -> Recipe:
             "optim": recipe.optim.model_copy(update=schedule),
             "train": recipe.train.model_copy(update=length),
             "data": recipe.data.model_copy(update={"image_sizes_from": sizes}),
+            "eval": recipe.eval.model_copy(update={"every": None}),
         }
     )
 
 
-def trained_start(recipe: Recipe, clean: Recipe, run: Run, on_line: OnLine | None) -> Recipe:
+def trained_start(
+    recipe: Recipe, clean: Recipe, run: Run, on_line: OnLine | None, stop: threading.Event | None
+) -> Recipe:
     """The recipe with the weights of its clean start, which is trained first unless it is there."""
-    fit(clean, run.name, on_line)
+    fit(clean, run.name, on_line, stop)
     exported = export_run(run, Path(run.folder.uri) / "export", formats=("timm",))
     start = recipe.model.model_copy(update={"checkpoint": str(exported.folder / "model.safetensors")})
     return recipe.model_copy(update={"model": start})
 
 
-def _train(recipe: Recipe, run: Run, mirror: Mirror | None, on_line: OnLine | None) -> dict[str, Any]:
+def _train(
+    recipe: Recipe, run: Run, mirror: Mirror | None, on_line: OnLine | None, stop: threading.Event | None
+) -> dict[str, Any]:
     """Train on the workers while their metrics are shown and mirrored; what `train` returns."""
     trained: dict[str, Any] = {}
     shown = max((line["step"] for line in run.metrics()), default=0)
@@ -144,8 +153,8 @@ def _train(recipe: Recipe, run: Run, mirror: Mirror | None, on_line: OnLine | No
             if mirror:
                 mirror.start()
             work = partial(train, with_absolute_paths(recipe), Run(run.storage.uri, run.name))
-            with stop_on_sigterm() as stop:
-                trained = run_workers(work, recipe.cluster, run.name, stop)
+            with nullcontext(stop) if stop else stop_on_sigterm() as asked:
+                trained = run_workers(work, recipe.cluster, run.name, asked)
     finally:
         if mirror:
             mirror.finish(trained)

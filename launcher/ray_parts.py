@@ -14,6 +14,7 @@ TRIED = "2.60.0"
 # run would go on, deaf to SIGTERM and to leaving machines. So what is overridden is in the list as well.
 PARTS = (
     "ray._private.state:state.get_draining_nodes",
+    "ray._private.state:state.get_max_resources_from_cluster_config",
     "ray.experimental.internal_kv:_internal_kv_put",
     "ray.experimental.internal_kv:_internal_kv_exists",
     "ray.experimental.internal_kv:_internal_kv_del",

@@ -17,6 +17,7 @@ from arat_dist.recipe import load_recipe, parse_recipe
 if TYPE_CHECKING:
     from arat_dist.config import Recipe
     from arat_dist.data.manifest import Manifest
+    from arat_dist.search.search import Search
 
 # Each imports what it runs when it runs: `arat --help` and a mistyped recipe answer without torch and Ray.
 
@@ -121,6 +122,30 @@ def train(args: argparse.Namespace) -> dict[str, Any] | None:
         summary = fit(recipe, name)
     _print_unless_json(args, results_table(name, [(summary["objective"], summary)]))
     return summary
+
+
+def tune(args: argparse.Namespace) -> dict[str, Any]:
+    """`arat tune`."""
+    from launcher.search_progress import search_tables
+    from launcher.tune import tune as run_search
+
+    search = _search(args)
+    summary = run_search(search)
+    _print_unless_json(args, *search_tables(summary), f"recipes of the best and all trials: {search.run.folder.uri}")
+    return summary
+
+
+def _search(args: argparse.Namespace) -> Search:
+    """The search that `arat tune` and the submission of one are about."""
+    from arat_dist.search.config import parse_search, read_search
+    from arat_dist.search.search import Search
+
+    config = read_search(args.search)
+    if args.trials is not None:
+        config = parse_search(config.model_dump(mode="json") | {"trials": args.trials})
+    recipe = load_recipe(args.recipe, args.overrides + _shorthands(args))
+    name = Path(args.search).stem if args.name is None else args.name
+    return Search.of(config, recipe, name, source=args.search)
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
@@ -368,7 +393,8 @@ def _ranks_recipe(args: argparse.Namespace) -> Recipe:
 
 
 def _shorthands(args: argparse.Namespace) -> list[tuple[str, Any]]:
-    given = {"cluster.workers": args.workers, "cluster.address": args.address, "train.max_steps": args.max_steps}
+    max_steps = getattr(args, "max_steps", None)  # a search's trials have none
+    given = {"cluster.workers": args.workers, "cluster.address": args.address, "train.max_steps": max_steps}
     return [(key, value) for key, value in given.items() if value is not None]
 
 

@@ -91,7 +91,7 @@ def test_every_line_arrives_once_also_across_a_restart(tmp_path):
 
     # The run goes on from a checkpoint at step 4: its last line is computed again, at another time.
     run.forget_metrics_after(4)
-    again = Mirror(run, recipe, uri)
+    again = Mirror(Replica(run, recipe, uri))
     again.start()
     for step in (6, 8):
         run.log({**line(step), "time_s": step})
@@ -121,7 +121,7 @@ def test_every_line_arrives_once_also_across_a_restart(tmp_path):
 
 def test_a_server_that_is_not_there_stops_nothing(tmp_path, caplog):
     run, recipe = open_run(tmp_path)
-    mirror = Mirror(run, recipe, "http://127.0.0.1:9")
+    mirror = Mirror(Replica(run, recipe, "http://127.0.0.1:9"))
     mirror.start()
     run.log(line(2))
     mirror.finish({"clean_accuracy": 0.5, "steps": 2})
@@ -149,7 +149,7 @@ def test_a_call_that_fails_midway_is_made_again(tmp_path, monkeypatch, caplog):
         return works(self, run_id, metrics=metrics, **keys)
 
     monkeypatch.setattr(MlflowClient, "log_batch", fails_at_first)
-    mirror = Mirror(run, recipe, uri)
+    mirror = Mirror(Replica(run, recipe, uri))
     mirror.start()
     for step in (2, 4, 6):
         run.log(line(step))
@@ -168,7 +168,7 @@ def test_a_failed_or_incomplete_run_is_not_called_finished(tmp_path, monkeypatch
     run, recipe = open_run(tmp_path)
     uri = tracking_uri(recipe, run)
     assert uri is not None
-    mirror = Mirror(run, recipe, uri)
+    mirror = Mirror(Replica(run, recipe, uri))
     mirror.start()
     run.log(line(2))
     mirror.finish(None)
@@ -179,7 +179,7 @@ def test_a_failed_or_incomplete_run_is_not_called_finished(tmp_path, monkeypatch
 
     # Taken up again, it runs; and if a line never gets across, it isn't closed.
     monkeypatch.setattr(MlflowClient, "log_batch", lambda *_, **__: 1 / 0)
-    again = Mirror(run, recipe, uri)
+    again = Mirror(Replica(run, recipe, uri))
     again.start()
     run.log(line(4))
     again.finish({"clean_accuracy": 0.5, "steps": 4})
@@ -191,7 +191,7 @@ def test_a_server_that_never_answers_holds_the_end_up_for_no_longer_than_asked(t
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
     run, recipe = open_run(tmp_path)
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        mirror = Mirror(run, recipe, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        mirror = Mirror(Replica(run, recipe, f"http://127.0.0.1:{silent.getsockname()[1]}"))
         mirror.start()
         mirror.finish({"clean_accuracy": 0.5, "steps": 2}, timeout_s=0.5)
         assert mirror.is_alive()  # nobody waits for it
@@ -380,7 +380,7 @@ def test_a_run_that_never_reached_its_server_is_delivered_later(tmp_path, summar
     # An unfinished one goes on in the same MLflow run.
     if not summary:
         run.log(line(6))
-        mirror = Mirror(run, recipe, uri)
+        mirror = Mirror(Replica(run, recipe, uri))
         mirror.start()
         wait_for(lambda: rows(tmp_path) == expected(2, 4, 6), "the next line never came")
         wait_for(lambda: rows(tmp_path, "SELECT status FROM runs") == [("RUNNING",)], "it isn't said to run")
@@ -418,7 +418,7 @@ def test_a_password_reaches_the_server_and_nobody_else(tmp_path, caplog):
     assert without_password("postgresql://me@h/db http://h:80/a@b") == "postgresql://me@h/db http://h:80/a@b"
     uri = "http://me:s3cret@127.0.0.1:9"
     run, recipe = open_run(tmp_path, track={"mlflow": True, "uri": uri})
-    mirror = Mirror(run, recipe, uri)
+    mirror = Mirror(Replica(run, recipe, uri))
     mirror.start()
     mirror.finish({})
     assert caplog.text.count("http://me:***@127.0.0.1:9") == 3, "ours twice, and what MLflow says"
@@ -488,7 +488,7 @@ def test_a_follower_outlives_a_storage_that_fails(tmp_path, monkeypatch):
 
 def test_who_waits_for_a_server_asks_ever_more_rarely(tmp_path, monkeypatch):
     run, recipe = open_run(tmp_path)
-    mirror = Mirror(run, recipe, "http://127.0.0.1:9")
+    mirror = Mirror(Replica(run, recipe, "http://127.0.0.1:9"))
     waits: list[float] = []
     answers = iter([False] * 8 + [True] * 2)
 

@@ -23,6 +23,7 @@ from arat_dist.report.gather import RunRecord, read_runs
 from arat_dist.report.page import Sections, render
 from arat_dist.report.peers import compare
 from arat_dist.report.pictures import Attacked, attack_run
+from arat_dist.report.search import search_plots, split_targets
 from arat_dist.storage import Storage
 from arat_dist.tracking import log_report
 
@@ -46,7 +47,8 @@ def write_report(
     """Write one page about some runs, and its plots as PNG files.
 
     Args:
-        targets: folders of runs, or names of runs in the default storage.
+        targets: folders of runs and searches, or their names in the default storage. Of a search its best trials are
+            shown as runs.
         out: folder for report.html and the PNG files; those of an earlier report in it are replaced.
         limit: pictures of each run's validation set that are attacked for the report; 0: none.
         num_pictures: how many of them are shown.
@@ -56,13 +58,15 @@ def write_report(
         The JSON object of `arat report`: runs, report, plots (paths), left_out (a line for each thing that is missing).
 
     Raises:
-        UserError: a target is no run, or the folder can't be written.
+        UserError: a target is neither a run nor a search, or the folder can't be written.
     """
-    records, folder = read_runs(targets), Path(out)
+    searches, runs, labels = split_targets(targets)
+    records, folder = read_runs(runs, labels), Path(out)
     _check_folder(folder)
     attacked, left_out = attack_all(records, limit, num_pictures, on_progress)
     comparisons = compare(records)
     sections = Sections(
+        searches=search_plots(searches),
         comparisons=comparison_plots(comparisons),
         eps=eps_plots(records, attacked),
         classes=class_plots(records, attacked),
@@ -72,7 +76,7 @@ def write_report(
         pictures=picture_plots(records, attacked),
     )
     plots = sections.all()
-    _write(folder, render(records, comparisons, attacked, sections, left_out), plots)
+    _write(folder, render(records, searches, comparisons, attacked, sections, left_out), plots)
     for record in records:
         about = [plot for plot in plots if plot.run in (None, record.label)]
         _pass_on(record, [folder / PAGE, *(folder / f"{plot.name}.png" for plot in about)])

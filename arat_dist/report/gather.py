@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -109,8 +109,8 @@ class RunRecord:
         return list(dict.fromkeys(key for line in self.lines for key in line if key.startswith(prefix)))
 
 
-def read_runs(targets: Sequence[str]) -> list[RunRecord]:
-    """Read each run; two of one name are told apart by their folders.
+def read_runs(targets: Sequence[str], labels: Mapping[str, str] | None = None) -> list[RunRecord]:
+    """Read each run; its label is its name, or its folder where two share it, unless `labels` has one by target.
 
     Raises:
         UserError: one of them is no run, is given twice, or holds a file that can't be read.
@@ -121,8 +121,10 @@ def read_runs(targets: Sequence[str]) -> list[RunRecord]:
         if folders.count(folder) > 1:
             raise UserError(f"{target}: is given twice; each run once would be right")
     names = [run.name for run in runs]
-    labels = [run.name if names.count(run.name) == 1 else run.folder.uri for run in runs]
-    return [read_run(run, printable(label)) for run, label in zip(runs, labels, strict=True)]
+    given = labels or {}
+    own = [run.name if names.count(run.name) == 1 else run.folder.uri for run in runs]
+    shown = [given.get(target, name) for target, name in zip(targets, own, strict=True)]
+    return [read_run(run, printable(label)) for run, label in zip(runs, shown, strict=True)]
 
 
 def printable(text: str) -> str:

@@ -19,7 +19,9 @@ from arat_dist.report.names import attack_name, duration_name, evaluation_name, 
 from arat_dist.report.peers import Comparison, known_data
 from arat_dist.report.pictures import Attacked
 from arat_dist.report.plots import letters, marker_of
+from arat_dist.report.search import search_tables
 from arat_dist.report.style import DARK, LIGHT, colour
+from arat_dist.search.search import Search
 from arat_dist.tracking import flatten
 
 _SIGNS = {"o": "circle", "^": "triangle", "D": "diamond", "s": "square"}
@@ -29,6 +31,7 @@ _SIGNS = {"o": "circle", "^": "triangle", "D": "diamond", "s": "square"}
 class Sections:
     """The plots of the page, in its order."""
 
+    searches: list[Plot]
     comparisons: list[Plot]
     eps: list[Plot]
     classes: list[Plot]
@@ -44,6 +47,7 @@ class Sections:
 
 def render(
     records: Sequence[RunRecord],
+    searches: Sequence[Search],
     comparisons: Sequence[Comparison],
     attacked: Sequence[Attacked | None],
     sections: Sections,
@@ -62,6 +66,10 @@ def render(
         light=LIGHT,
         dark=DARK,
         runs=[run_card(record, number) for number, record in enumerate(records)],
+        searches=[
+            {"name": search.run.name, "plot": plot, **table}
+            for search, plot, table in zip(searches, sections.searches, search_tables(searches), strict=True)
+        ],
         comparisons=[
             {"plot": plot, "points": comparison_rows(comparison), "sources": comparison.sources}
             for plot, comparison in zip(sections.comparisons, comparisons, strict=True)

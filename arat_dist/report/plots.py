@@ -129,13 +129,47 @@ def comparison_plot(comparison: Comparison, *, has_key: bool) -> Figure:
     axes.set_ylim(*_room([p.robust + side * bar[1] for p, bar in zip(points, bars, strict=True) for side in (-1, 1)]))
     axes.set_xlabel("clean accuracy")
     axes.set_ylabel("robust accuracy")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1))
-        axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    _percent(axes)
     if has_key:
         key = [f"{name}  {key_text(point)}" for point, name in zip(points, letters(len(points)), strict=True)]
         axes.text(1.03, 1, "\n".join(key), transform=axes.transAxes, va="top", fontsize=7.5, linespacing=1.45)
     return figure
+
+
+@dataclass(frozen=True)
+class TrialPoints:
+    """Clean and robust accuracies of a search's trials, float64 [N,2] each, and the names of those of the front."""
+
+    front: NDArray[np.float64]
+    names: Sequence[str]
+    beaten: NDArray[np.float64]
+    pruned: NDArray[np.float64]
+
+
+def front_plot(points: TrialPoints) -> Figure:
+    """Trials by clean and robust accuracy: the front joined, what it beats hollow, what was pruned as crosses."""
+    figure, axes = _new((SIZE[0], 3.4))
+    ink = colour(0)
+    axes.plot(*points.pruned.T, "x", color=MUTED, markersize=5, zorder=2)
+    axes.plot(*points.beaten.T, "o", color=ink, markerfacecolor=SURFACE, markersize=6, zorder=3)
+    axes.plot(*points.front.T, "o-", color=ink, markersize=7, linewidth=1.2, zorder=4)
+    for at, name in zip(points.front, points.names, strict=True):
+        axes.annotate(name, at, (5, 5), textcoords="offset points", color=ink, fontweight="bold", zorder=5)
+    every = np.concatenate([points.front, points.beaten, points.pruned])
+    if len(every):
+        axes.set_xlim(*_room([float(value) for value in every[:, 0]]))
+        axes.set_ylim(*_room([float(value) for value in every[:, 1]]))
+    axes.set_xlabel("clean accuracy")
+    axes.set_ylabel("robust accuracy")
+    _percent(axes)
+    return figure
+
+
+def _percent(axes: Axes) -> None:
+    """Shares in percent on both axes."""
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(PercentFormatter(1))
+        axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
 
 
 def key_text(point: Point) -> str:

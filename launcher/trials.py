@@ -1,0 +1,320 @@
+"""What Ray Tune runs: each trial is a whole run with its own worker group, started by `launcher.fit`.
+
+Tune decides when a trial is pruned, and keeps a process beside the driver for each trial at work. It remembers nothing:
+what it would have to remember is in the search's ledger, from which its scheduler and its searcher are built anew.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import queue
+import secrets
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
+import ray
+from ray import tune as ray_tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
+from ray.tune.search import Searcher
+
+from arat_dist.errors import ClusterError, StoppedError, TakenError, UserError, WorkersError
+from arat_dist.search.ledger import FAILED, FINISHED, PRUNED, Accuracies, Trial
+from arat_dist.search.search import Search
+from launcher.cluster import in_thread
+from launcher.controller import Stop
+from launcher.fit import fit
+from launcher.search_progress import SearchProgress
+
+_STOPPED = "stopped"
+_POLL_S = 0.5
+_TAKEN_S = 60.0
+"""How long a trial waits for a process that still has its run: one that a killed driver left behind ends by itself."""
+_MAX_FAILURES = 3
+"""Times that a trial whose process beside the driver died is started again."""
+_NODE_SHARE = 0.001
+_EPOCH, _SCORE = "epoch", "score"
+
+logger = logging.getLogger(__name__)
+
+
+def run_trials(search: Search, concurrency: int, progress: SearchProgress, stop: threading.Event) -> None:
+    """Have Tune run trials until there are no more, or until the event is set and those at work have stopped."""
+    name = f"{search.run.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+    asked = Stop(name)
+    # What Tune writes is read by nobody. Its processes are on this machine, wherever their workers are.
+    with tempfile.TemporaryDirectory(prefix="arat-tune-") as folder:
+        trainable = ray_tune.with_parameters(TrialProcess, search=replace(search), wish=asked)
+        tuner = ray_tune.Tuner(
+            ray_tune.with_resources(cast("Any", trainable), {"CPU": 0, _this_node(): _NODE_SHARE}),
+            tune_config=ray_tune.TuneConfig(
+                search_alg=Proposer(search, concurrency, stop),
+                scheduler=Pruner(search),
+                num_samples=-1,
+                reuse_actors=True,
+                trial_name_creator=_trial_name,
+                trial_dirname_creator=_trial_name,
+            ),
+            run_config=ray_tune.RunConfig(
+                name=name,
+                storage_path=folder,
+                verbose=0,
+                callbacks=[Scribe(search, progress, stop)],
+                failure_config=ray_tune.FailureConfig(max_failures=_MAX_FAILURES),
+            ),
+        )
+        try:
+            in_thread(tuner.fit, stop, asked)
+        finally:
+            asked.forget()
+
+
+class TrialProcess(ray_tune.Trainable):
+    """The process of a trial beside the driver: a run in a thread, whose accuracies it hands to Tune.
+
+    The next trial gets the same process: what it has imported stays.
+    """
+
+    def setup(self, config: dict[str, Any], *, search: Search, wish: Stop) -> None:
+        """Begin the first trial.
+
+        Args:
+            config: the trial's number, and its values as JSON.
+            search: what it belongs to.
+            wish: asked when all trials are to stop.
+        """
+        self._search, self._wish = search, wish
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """End the trial before, unless it has ended, and begin the next."""
+        self.cleanup()
+        self._begin(new_config)
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Wait for the next accuracies, or for the end of the trial, which has a `status`."""
+        while True:
+            try:
+                event = self._events.get(timeout=_POLL_S)
+            except queue.Empty:
+                if self._wish.is_asked():
+                    self._stop.set()
+                continue
+            return {**event, "done": "status" in event}
+
+    def cleanup(self) -> None:
+        """Stop the run, with a checkpoint, and wait for that."""
+        self._stop.set()
+        self._thread.join()
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        trial = Trial(config["trial"], json.loads(config["params"]))
+        self._stop, self._events = threading.Event(), queue.SimpleQueue[dict[str, Any]]()
+        self._thread = threading.Thread(target=self._work, args=(trial, self._events.put), daemon=True)
+        self._thread.start()
+
+    def _work(self, trial: Trial, put: Callable[[dict[str, Any]], None]) -> None:
+        def on_line(line: dict[str, Any]) -> None:
+            if "val_robust_accuracy" in line:
+                accuracies = Accuracies(line["val_clean_accuracy"], line["val_robust_accuracy"])
+                put({_EPOCH: round(line["epoch"]), **self._named(accuracies)})
+
+        try:
+            summary = self._fit(trial, on_line)
+        except StoppedError:
+            put({"status": _STOPPED})
+        except (UserError, ClusterError, WorkersError, FloatingPointError) as error:
+            put({"status": FAILED, "reason": str(error)})
+        except BaseException as error:  # the driver hears of it, and the search goes on
+            logger.exception("trial %d", trial.number)
+            put({"status": FAILED, "reason": f"{type(error).__name__}: {error}"})
+        else:
+            accuracies = Accuracies(summary["clean_accuracy"], summary["robust_accuracy"])
+            put({"status": FINISHED, _EPOCH: summary["epochs"], **self._named(accuracies)})
+
+    def _fit(self, trial: Trial, on_line: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        deadline = time.monotonic() + _TAKEN_S
+        while True:
+            try:
+                return fit(self._search.recipe_of(trial), trial.name, on_line, self._stop)
+            except TakenError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(_POLL_S)
+
+    def _named(self, accuracies: Accuracies) -> dict[str, float]:
+        score = self._search.config.score(accuracies.clean, accuracies.robust)
+        return {"clean_accuracy": accuracies.clean, "robust_accuracy": accuracies.robust, _SCORE: score}
+
+
+class Proposer(Searcher):
+    """Gives Tune its trials: first those that an earlier launch left unfinished, then new ones."""
+
+    def __init__(self, search: Search, concurrency: int, stop: threading.Event):
+        super().__init__(metric=_SCORE, mode="max")
+        self._search, self._concurrency, self._stop = search, concurrency, stop
+        self._left = search.ledger.running()
+        self._at_work: set[str] = set()
+
+    def suggest(self, trial_id: str) -> Any:
+        """A trial's config; None: not now."""
+        if self._stop.is_set():
+            return Searcher.FINISHED
+        if len(self._at_work) >= self._concurrency:
+            return None
+        trial = self._left.pop(0) if self._left else self._search.next_trial()
+        if trial is None:
+            return Searcher.FINISHED
+        self._at_work.add(trial_id)
+        return {"trial": trial.number, "params": json.dumps(trial.params)}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:  # noqa: ARG002
+        """Make room for the next."""
+        self._at_work.discard(trial_id)
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the ledger has it."""
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        """Nothing: the ledger has it."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: the ledger has it."""
+
+
+class Pruner(FIFOScheduler):
+    """One of Tune's rules, which has seen every report of the ledger before it sees new ones."""
+
+    def __init__(self, search: Search):
+        super().__init__()
+        self._search = search
+        self._rule = _rule(search)
+        for trial in search.ledger.ended():
+            past = cast("Any", _Past(trial.name))
+            self._remember(past, trial)
+            if trial.last is not None:
+                last = {_EPOCH: max(trial.reports, default=0), **self._figures(trial.last)}
+                if trial.status == FINISHED:
+                    last[_EPOCH] = search.base.train.epochs
+                self._rule.on_trial_complete(cast("Any", None), past, last)
+
+    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:  # noqa: ARG002
+        """Show the rule what an unfinished trial has reported before."""
+        self._remember(trial, self._search.ledger.trials[trial.config["trial"]])
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """As the rule decides; of what was reported before, a trial that goes on tells again."""
+        if result[_EPOCH] in self._search.ledger.trials[trial.config["trial"]].reports:
+            return TrialScheduler.CONTINUE
+        return self._rule.on_trial_result(tune_controller, trial, result)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Pass it on where there is a score: a trial that failed, or was told to stop, has none."""
+        if _SCORE in result:
+            self._rule.on_trial_complete(tune_controller, trial, result)
+
+    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
+        """Pass it on."""
+        self._rule.on_trial_error(tune_controller, trial)
+
+    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
+        """Pass it on."""
+        self._rule.on_trial_remove(tune_controller, trial)
+
+    def _remember(self, stands_for: Any, trial: Trial) -> None:
+        controller = cast("Any", None)  # none of the rules asks it
+        self._rule.on_trial_add(controller, stands_for)
+        for epoch, accuracies in trial.reports.items():
+            self._rule.on_trial_result(controller, stands_for, {_EPOCH: epoch, **self._figures(accuracies)})
+
+    def _figures(self, accuracies: Accuracies) -> dict[str, Any]:
+        return {_SCORE: self._search.config.score(accuracies.clean, accuracies.robust)}
+
+
+class _Past:
+    """Stands for a trial of an earlier launch."""
+
+    def __init__(self, trial_id: str):
+        self.trial_id = trial_id
+
+
+class Scribe(ray_tune.Callback):
+    """Writes what happens into the ledger and shows it, in Tune's loop: before anything follows from it."""
+
+    def __init__(self, search: Search, progress: SearchProgress, stop: threading.Event):
+        self._search, self._progress, self._stop = search, progress, stop
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
+        """Show it."""
+        self._progress.started(self._of(trial))
+
+    def on_trial_result(
+        self,
+        iteration: int,  # noqa: ARG002
+        trials: list[Any],  # noqa: ARG002
+        trial: Any,
+        result: dict[str, Any],
+        **info: Any,  # noqa: ARG002
+    ) -> None:
+        """Note accuracies, or the end; a trial that was told to stop goes on another time, unless there is none."""
+        ours, status = self._of(trial), result.get("status")
+        if status == _STOPPED:
+            return
+        accuracies = Accuracies(result["clean_accuracy"], result["robust_accuracy"]) if _SCORE in result else None
+        if status is not None:
+            self._end(ours, status, accuracies, result.get("reason", ""))
+            return
+        assert accuracies is not None
+        if result[_EPOCH] not in ours.reports:
+            self._search.ledger.report(ours.number, result[_EPOCH], accuracies)
+            self._progress.reported(ours)
+        if result["done"]:
+            self._end(ours, PRUNED, None, f"after epoch {result[_EPOCH]}, by {self._search.config.scheduler}")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
+        """Note that a trial's process died too often."""
+        error = " ".join(str(trial.get_error()).split())[:500]
+        self._end(self._of(trial), FAILED, None, error)
+
+    def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:  # noqa: ARG002
+        """Look at the clock."""
+        if self._search.time_is_over():
+            self._stop.set()
+
+    def _end(self, trial: Trial, status: str, result: Accuracies | None, reason: str) -> None:
+        self._search.ledger.end(trial.number, status, result, reason)
+        self._search.log_end(trial)
+        self._progress.ended(trial)
+
+    def _of(self, trial: Any) -> Trial:
+        return self._search.ledger.trials[trial.config["trial"]]
+
+
+def _rule(search: Search) -> FIFOScheduler:
+    config = search.config
+    what: dict[str, Any] = {"time_attr": _EPOCH, "metric": _SCORE, "mode": "max"}
+    match config.scheduler:
+        case "asha":
+            longest = {"max_t": search.base.train.epochs, "grace_period": config.grace_epochs}
+            return ASHAScheduler(**what, **longest, reduction_factor=config.reduction_factor)
+        case "median":
+            # It would pause trials as long as it knows too few; here they go on.
+            return MedianStoppingRule(**what, grace_period=config.grace_epochs, min_time_slice=cast("int", math.inf))
+    return FIFOScheduler()
+
+
+def _this_node() -> str:
+    """The resource that only this machine has."""
+    here = ray.get_runtime_context().get_node_id()
+    (node,) = (node for node in ray.nodes() if node["NodeID"] == here)
+    return next(name for name in node["Resources"] if name.startswith("node:") and "internal_head" not in name)
+
+
+def _trial_name(trial: Any) -> str:
+    return f"{trial.config['trial']:04d}-{trial.trial_id}"
