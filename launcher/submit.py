@@ -17,13 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+import yaml
+
 from arat_dist.config import LBGATConfig, Recipe
 from arat_dist.errors import UserError
 
 if TYPE_CHECKING:
+    from arat_dist.search.search import Search
     from ray.job_submission import JobDetails, JobSubmissionClient
 
 RECIPE_FILE = "recipe.yaml"
+SEARCH = "search.yaml"
 
 _CONNECT_S = 10.0
 _RETRY_S = 5.0
@@ -69,17 +73,44 @@ def train_command(recipe: Recipe, name: str) -> JobCommand:
     Raises:
         UserError: a path that means nothing on another machine.
     """
+    return JobCommand(["train", RECIPE_FILE, "--name", name], {RECIPE_FILE: _for_job(recipe)}, _stop_wait_s(recipe))
+
+
+def tune_command(search: Search) -> JobCommand:
+    """A search over a resolved recipe; both go along as files.
+
+    Raises:
+        UserError: a path that means nothing on another machine.
+    """
+    for uri in search.config.warm_start:
+        _check_path("warm_start", uri)
+    settings = yaml.safe_dump(search.config.model_dump(mode="json"), sort_keys=False)
+    arguments = ["tune", RECIPE_FILE, "--search", SEARCH, "--name", search.run.name]
+    files = {RECIPE_FILE: _for_job(search.home), SEARCH: settings}
+    return JobCommand(arguments, files, _stop_wait_s(search.home))
+
+
+def _for_job(recipe: Recipe) -> str:
+    """The recipe as YAML for a job in a cluster, which is the one to train in (UserError)."""
     for key, path in _paths(recipe):
-        if path is not None and "://" not in path and not Path(path).is_absolute():
-            raise UserError(
-                f"{key}: {path}: a job has a working directory of its own, which goes with it; an absolute path"
-                f"{' or a URI' if key == 'cluster.storage' else ''} that the cluster's machines reach would be right"
-            )
+        if path is not None:
+            _check_path(key, path)
     cluster = recipe.cluster.model_copy(update={"address": recipe.cluster.address or "auto"})
-    joined = recipe.model_copy(update={"cluster": cluster})
-    # A step that is under way has to end, and a checkpoint to be written.
-    wait_s = int(recipe.cluster.step_timeout_s)
-    return JobCommand(["train", RECIPE_FILE, "--name", name], {RECIPE_FILE: joined.to_yaml()}, wait_s)
+    return recipe.model_copy(update={"cluster": cluster}).to_yaml()
+
+
+def _check_path(key: str, path: str) -> None:
+    if "://" not in path and not Path(path).is_absolute():
+        raise UserError(
+            f"{key}: {path}: a job has a working directory of its own, which goes with it; an absolute path"
+            f"{' or a URI' if key in ('cluster.storage', 'warm_start') else ''} that the cluster's machines reach would "
+            "be right"
+        )
+
+
+def _stop_wait_s(recipe: Recipe) -> int:
+    """A step that is under way has to end, and a checkpoint to be written."""
+    return int(recipe.cluster.step_timeout_s)
 
 
 def _paths(recipe: Recipe) -> Iterator[tuple[str, str | None]]:

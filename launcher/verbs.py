@@ -323,7 +323,7 @@ def bench_eval(args: argparse.Namespace) -> dict[str, Any]:
 
 def submit(args: argparse.Namespace) -> dict[str, Any]:
     """`arat submit`."""
-    from launcher.submit import JobCommand, Jobs, train_command
+    from launcher.submit import JobCommand, Jobs, train_command, tune_command
 
     inner, command = args.inner, JobCommand(args.command)
     if inner.verb == "submit":
@@ -331,6 +331,8 @@ def submit(args: argparse.Namespace) -> dict[str, Any]:
     if inner.verb == "train":
         recipe = load_recipe(inner.recipe, inner.overrides + _shorthands(inner))
         command = train_command(recipe, _run_name(inner))
+    if inner.verb == "tune":
+        command = tune_command(_search(inner))
     args.json = args.json or inner.json
     if args.json:
         command = replace(command, arguments=[*(each for each in command.arguments if each != "--json"), "--json"])
