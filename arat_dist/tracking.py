@@ -102,11 +102,12 @@ class Replica:
         """
         self._offset = 0
         self.update()
-        last = max((line["time_s"] for line in self.run.metrics()), default=0.0)
+        end = self.run.metrics()[-1:]  # a run that ends has told of its last step, a search of its last trial
+        step, last = (end[0]["step"], end[0]["time_s"]) if end else (0, 0.0)
         keys = {f"val_{key}": summary.get(key) for key in ("clean_accuracy", "robust_accuracy")}
         try:
             if summary:
-                self._send(self._metrics({"step": summary["steps"], "time_s": last, **keys}, but=("time_s",)))
+                self._send(self._metrics({"step": step, "time_s": last, **keys}, but=("time_s",)))
             if self._recomputed:
                 steps = f"{min(self._recomputed)} to {max(self._recomputed)}"
                 self._client.set_tag(self.run_id, "arat.recomputed_steps", steps)

@@ -46,7 +46,7 @@ def tune(search: Search) -> dict[str, Any]:
             summary = take_home(search)
         finally:
             if mirror:
-                mirror.finish(search.mlflow_summary(summary))
+                mirror.finish(summary)
         summary |= {
             "wall_s": round(search.ledger.seconds(), 1),
             "mlflow_tracking_uri": mirror and without_password(mirror.uri),

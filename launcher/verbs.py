@@ -212,13 +212,18 @@ def report(args: argparse.Namespace) -> dict[str, Any]:
 def track_sync(args: argparse.Namespace) -> dict[str, Any]:
     """`arat track sync`."""
     from arat_dist.run import Run
+    from arat_dist.search.search import Search
+    from arat_dist.search.sync import sync_search
     from arat_dist.tracking import sync
 
-    run = Run.at(args.target)
     for key, _ in args.overrides:
         if not key.startswith("track."):
             raise UserError(f"--{key}: a key of the section track, such as --track.uri, would be right")
-    result = sync(run, parse_recipe(run.recipe().model_dump(mode="json"), args.overrides))
+    if search := Search.find(args.target):
+        result = sync_search(search, args.overrides)
+    else:
+        run = Run.at(args.target)
+        result = sync(run, parse_recipe(run.recipe().model_dump(mode="json"), args.overrides))
     _print_unless_json(
         args,
         f"{args.target}: {result['metrics_sent']} metrics sent, now {result['status']} as "

@@ -15,6 +15,7 @@ SOLE_IMPORTER = {
     "deepspeed": "arat_dist/zero.py",
     "ffcv": "arat_dist/data/ffcv_import.py",
     "mlflow": "arat_dist/tracking.py",
+    "optuna": "arat_dist/search/proposals.py",
     "onnxruntime": "arat_dist/export_onnx.py",
 }
 """Each of these libraries is imported by one file alone."""

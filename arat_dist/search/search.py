@@ -191,14 +191,6 @@ class Search:
         settings = self.config.model_dump(mode="json")
         return SearchReplica(self.run, self.base, uri, settings, self.mlflow_children)
 
-    def mlflow_summary(self, summary: dict[str, Any]) -> dict[str, Any]:
-        """What MLflow shows at the end of a search: the accuracies of its best trial; empty where it hasn't ended."""
-        if not summary:
-            return {}
-        number = summary["best"].get("score")
-        best_one = next((each for each in summary["pareto"] if each["trial"] == number), {})
-        return best_one | {"steps": len(self.ledger.ended())}
-
     def mlflow_children(self) -> list[Child]:
         """What MLflow is told of the trials' own runs."""
         best_by: dict[int, list[str]] = {}
@@ -225,7 +217,10 @@ class Search:
         self.run.log(line)
 
     def take_home(self) -> dict[str, Any]:
-        """Write the best trials' recipes; returns the summary, without the time and what MLflow has."""
+        """Write the best trials' recipes; returns the summary, without the time and what MLflow has.
+
+        Its accuracies are those of the best trial by score.
+        """
         trials = self.ledger.trials
         front = pareto_front(trials)
         chosen = best(self.config, front)
@@ -245,6 +240,7 @@ class Search:
                 for trial in front
                 if trial.result
             ],
+            **(_figures(chosen["score"].result, self.config) if chosen and chosen["score"].result else {}),
             "best": {which: trial.number for which, trial in chosen.items()},
             "best_recipe": folder.path(BEST["score"]) if chosen else None,
             "robust_weight": self.config.robust_weight,

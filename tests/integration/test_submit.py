@@ -153,6 +153,26 @@ def test_a_stopped_job_gets_sigterm_and_the_time_to_answer_it(cluster, tmp_path)
     assert (tmp_path / "checkpoint").exists()
 
 
+def test_a_search_is_sent_to_a_cluster_and_its_front_comes_back(cluster, recipe):
+    space = {"optim.lr": {"type": "choice", "values": [0.1, 0.05]}}
+    settings = {"space": space, "searcher": "grid", "epochs": 1, "scheduler": "none"}
+    (recipe.parent / "two.yaml").write_text(json.dumps(settings))
+    search = ("tune", "mine.yaml", "--search", "two.yaml")
+    done = submit(cluster, "--json", "--", *search)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["name"] == "two"
+    assert summary["trials"] == {"finished": 2, "pruned": 0, "failed": 0}
+    assert json.loads((recipe.parent / "runs/two/summary.json").read_text()) == summary
+
+    refused = submit(cluster, "--", *search, "--name", "large", "--workers", "9")
+    assert refused.returncode == 2
+    assert "cluster.workers: 9: of 1 CPU each: the cluster has 3 CPU; at most 3 would be right" in refused.stderr
+    refused = submit(cluster, "--", *search, "--cluster.storage", "runs")
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "cluster.storage: runs: a job has a working directory of its own" in refused.stderr
+
+
 def test_ctrl_c_leaves_the_job_and_says_how_to_find_it(cluster, recipe):
     environment = os.environ | {"RAY_AUTH_TOKEN": TOKEN}
     with subprocess.Popen(

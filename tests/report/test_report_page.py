@@ -12,17 +12,22 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from PIL import Image
-from report_runs import line, summary, write_evaluation, write_manifest, written_run
-from toys import Sets
+from report_runs import NOWHERE, line, summary, write_evaluation, write_manifest, written_run
+from toys import Sets, toy_recipe
 
 from arat_dist.errors import UserError
 from arat_dist.report.build import write_report
 from arat_dist.report.gallery import picture_uri
+from arat_dist.report.search import front_png
 from arat_dist.report.style import DARK, LIGHT, styled, to_svg
 from arat_dist.run import Run
+from arat_dist.search.config import parse_search
+from arat_dist.search.ledger import Accuracies
+from arat_dist.search.search import Search
 from arat_dist.tracking import Replica
 
 HOSTILE = '<img src=x onerror=alert(1)> & "$x_1$" \x07\N{SNOWMAN}'
+HOSTILE_NAME = '<b onload="x">&'
 
 
 class Read(HTMLParser):
@@ -250,3 +255,45 @@ def test_a_run_without_mirror_asks_nobody(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "mlflow.tracking", None)
     run = written_run(tmp_path, "one")
     write_report([run.folder.uri], tmp_path / "out")
+
+
+def test_a_search_is_shown_with_its_front_and_its_best_trials_as_runs(tmp_path):
+    tree = {
+        "space": {"objective.gamma": {"type": "loguniform", "low": 1, "high": 100}},
+        "trials": 4,
+        "robust_weight": 0.25,
+    }
+    search = Search.of(parse_search(tree), toy_recipe(NOWHERE, cluster={"storage": str(tmp_path)}), HOSTILE_NAME)
+    search.open()
+    ends = [Accuracies(0.9, 0.3), Accuracies(0.7, 0.6), Accuracies(0.6, 0.5), None]
+    for end in ends:
+        trial = search.next_trial()
+        assert trial is not None
+        search.ledger.report(trial.number, 1, Accuracies(0.5, 0.25))
+        search.ledger.end(trial.number, "finished" if end else "pruned", end)
+        about = summary(end.clean, end.robust) if end else None
+        written_run(tmp_path / HOSTILE_NAME / "trials", trial.name, [line(1, loss=1.0)], about)
+    result = write_report([str(tmp_path / HOSTILE_NAME)], tmp_path / "out", limit=0)
+    page = Read(result["report"])
+    check_closed(page)
+    assert [Path(run).name for run in result["runs"]] == ["0001", "0000"], "the best by robust, and by score and clean"
+    assert f"{HOSTILE_NAME}/0001" in page.text
+    assert "3 finished, 1 pruned, 0 failed" in page.text
+    assert "best by" in page.text
+    assert "clean, score" in page.text
+    assert "objective.gamma" in page.text
+    (plot,) = (each for each in page.all("div") if "beaten by no other" in each.get("aria-label", ""))
+    assert "2 of 4 trials" in plot["aria-label"]
+    assert str(tmp_path / "out/search-1.png") in result["plots"]
+    assert front_png(search).startswith(b"\x89PNG")
+
+
+def test_a_search_without_a_finished_trial_has_a_page(tmp_path):
+    tree = {"space": {"objective.gamma": {"type": "int", "low": 1, "high": 9}}, "trials": 4}
+    search = Search.of(parse_search(tree), toy_recipe(NOWHERE, cluster={"storage": str(tmp_path)}), "begun")
+    search.open()
+    search.next_trial()
+    result = write_report([str(tmp_path / "begun")], tmp_path / "out", limit=0)
+    assert "0 finished, 0 pruned, 0 failed" in Read(result["report"]).text
+    with pytest.raises(UserError, match="not a run"):
+        write_report([str(tmp_path / "none")], tmp_path / "out", limit=0)
