@@ -23,8 +23,9 @@ from arat_dist.config import LBGATConfig, Recipe
 from arat_dist.errors import UserError
 
 if TYPE_CHECKING:
-    from arat_dist.search.search import Search
     from ray.job_submission import JobDetails, JobSubmissionClient
+
+    from arat_dist.search.search import Search
 
 RECIPE_FILE = "recipe.yaml"
 SEARCH = "search.yaml"
@@ -101,10 +102,10 @@ def _for_job(recipe: Recipe) -> str:
 
 def _check_path(key: str, path: str) -> None:
     if "://" not in path and not Path(path).is_absolute():
+        or_uri = " or a URI" if key in ("cluster.storage", "warm_start") else ""
         raise UserError(
-            f"{key}: {path}: a job has a working directory of its own, which goes with it; an absolute path"
-            f"{' or a URI' if key in ('cluster.storage', 'warm_start') else ''} that the cluster's machines reach would "
-            "be right"
+            f"{key}: {path}: a job has a working directory of its own, which goes with it; an absolute path{or_uri} that "
+            "the cluster's machines reach would be right"
         )
 
 

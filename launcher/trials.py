@@ -80,7 +80,7 @@ class TrialProcess(ray_tune.Trainable):
     The next trial gets the same process: what it has imported stays.
     """
 
-    def setup(self, config: dict[str, Any], *, search: Search, wish: Stop) -> None:
+    def setup(self, config: dict[str, Any], *, search: Search, wish: Stop) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Begin the first trial.
 
         Args:
@@ -301,8 +301,8 @@ def _rule(search: Search) -> FIFOScheduler:
     what: dict[str, Any] = {"time_attr": _EPOCH, "metric": _SCORE, "mode": "max"}
     match config.scheduler:
         case "asha":
-            longest = {"max_t": search.base.train.epochs, "grace_period": config.grace_epochs}
-            return ASHAScheduler(**what, **longest, reduction_factor=config.reduction_factor)
+            epochs, grace, factor = search.base.train.epochs, config.grace_epochs, config.reduction_factor
+            return ASHAScheduler(**what, max_t=epochs, grace_period=grace, reduction_factor=factor)
         case "median":
             # It would pause trials as long as it knows too few; here they go on.
             return MedianStoppingRule(**what, grace_period=config.grace_epochs, min_time_slice=cast("int", math.inf))

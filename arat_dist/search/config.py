@@ -55,8 +55,8 @@ class Choice(Distribution):
 
 
 class _Range(Distribution):
-    low: Number
-    high: Number
+    low: Any
+    high: Any
 
     @model_validator(mode="after")
     def _ascends(self) -> _Range:
@@ -85,7 +85,8 @@ class Uniform(_Range):
         """Every value; None where they can't be counted."""
         if self.step is None:
             return None
-        return list(takewhile(lambda value: value <= self.high + 1e-9 * self.step, _multiples(self.low, self.step)))
+        last = self.high + 1e-9 * self.step
+        return list(takewhile(lambda value: value <= last, _multiples(self.low, self.step)))
 
 
 class LogUniform(_Range):
@@ -98,9 +99,9 @@ class LogUniform(_Range):
     high: Positive
     """Largest value."""
 
-    def grid(self) -> None:
-        """They can't be counted."""
-        return
+    def grid(self) -> list[Any] | None:
+        """None: they can't be counted."""
+        return None
 
 
 class Int(_Range):
@@ -227,5 +228,7 @@ def _first_error(errors: list[ErrorDetails]) -> str:
 def _known(error: ErrorDetails) -> list[str]:
     """The keys beside an unknown one."""
     models: dict[Any, type[Section]] = {"choice": Choice, "uniform": Uniform, "loguniform": LogUniform, "int": Int}
-    inside = len(error["loc"]) > 3 and error["loc"][0] == "space"
-    return list((models[error["loc"][2]] if inside else SearchConfig).model_fields)
+    match error["loc"]:
+        case ("space", _, kind, _):
+            return list(models[kind].model_fields)
+    return list(SearchConfig.model_fields)

@@ -16,6 +16,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.study import StudyDirection
 from optuna.trial import TrialState
 
 from arat_dist.search.config import AnyDistribution, Choice, Int, LogUniform, SearchConfig, Uniform
@@ -90,7 +91,7 @@ def _sampler(config: SearchConfig, seed: int) -> BaseSampler:
 
 def _study(config: SearchConfig, trials: Sequence[Trial], sampler: BaseSampler) -> optuna.Study:
     """A study that knows of these trials."""
-    directions = ["maximize", "maximize"] if config.searcher == "motpe" else ["maximize"]
+    directions = [StudyDirection.MAXIMIZE] * (2 if config.searcher == "motpe" else 1)
     study = optuna.create_study(sampler=sampler, directions=directions)
     study.add_trials([_frozen(config, trial) for trial in trials])
     return study
