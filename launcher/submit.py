@@ -104,8 +104,8 @@ def _check_path(key: str, path: str) -> None:
     if "://" not in path and not Path(path).is_absolute():
         or_uri = " or a URI" if key in ("cluster.storage", "warm_start") else ""
         raise UserError(
-            f"{key}: {path}: a job has a working directory of its own, which goes with it; an absolute path{or_uri} that "
-            "the cluster's machines reach would be right"
+            f"{key}: {path}: a job has a working directory of its own, which goes with it; an absolute path{or_uri} "
+            "that the cluster's machines reach would be right"
         )
 
 

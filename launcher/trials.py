@@ -15,7 +15,6 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, cast
 
 import ray
@@ -23,12 +22,14 @@ from ray import tune as ray_tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 
+from arat_dist.config import Recipe
 from arat_dist.errors import ClusterError, StoppedError, TakenError, UserError, WorkersError
+from arat_dist.recipe import parse_recipe
 from arat_dist.search.ledger import FAILED, FINISHED, PRUNED, Accuracies, Trial
 from arat_dist.search.search import Search
 from launcher.cluster import in_thread
 from launcher.controller import Stop
-from launcher.fit import fit
+from launcher.fit import fit, with_absolute_paths
 from launcher.search_progress import SearchProgress
 
 _STOPPED = "stopped"
@@ -39,21 +40,22 @@ _MAX_FAILURES = 3
 """Times that a trial whose process beside the driver died is started again."""
 _NODE_SHARE = 0.001
 _EPOCH, _SCORE = "epoch", "score"
-
-logger = logging.getLogger(__name__)
+_NOBODY = cast("Any", None)
+"""In the place of Tune's controller, which none of its rules asks for anything here."""
 
 
 def run_trials(search: Search, concurrency: int, progress: SearchProgress, stop: threading.Event) -> None:
     """Have Tune run trials until there are no more, or until the event is set and those at work have stopped."""
     name = f"{search.run.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     asked = Stop(name)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     # What Tune writes is read by nobody. Its processes are on this machine, wherever their workers are.
     with tempfile.TemporaryDirectory(prefix="arat-tune-") as folder:
-        trainable = ray_tune.with_parameters(TrialProcess, search=replace(search), wish=asked)
+        scribe = Scribe(search, progress, stop)
         tuner = ray_tune.Tuner(
-            ray_tune.with_resources(cast("Any", trainable), {"CPU": 0, _this_node(): _NODE_SHARE}),
+            TrialProcess,
             tune_config=ray_tune.TuneConfig(
-                search_alg=Proposer(search, concurrency, stop),
+                search_alg=Proposer(search, scribe, concurrency, {"group": name, "node": _this_node()}, stop),
                 scheduler=Pruner(search),
                 num_samples=-1,
                 reuse_actors=True,
@@ -64,7 +66,8 @@ def run_trials(search: Search, concurrency: int, progress: SearchProgress, stop:
                 name=name,
                 storage_path=folder,
                 verbose=0,
-                callbacks=[Scribe(search, progress, stop)],
+                callbacks=[scribe],
+                checkpoint_config=ray_tune.CheckpointConfig(checkpoint_at_end=False),
                 failure_config=ray_tune.FailureConfig(max_failures=_MAX_FAILURES),
             ),
         )
@@ -80,15 +83,18 @@ class TrialProcess(ray_tune.Trainable):
     The next trial gets the same process: what it has imported stays.
     """
 
-    def setup(self, config: dict[str, Any], *, search: Search, wish: Stop) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+    @classmethod
+    def default_resource_request(cls, config: dict[str, Any]) -> Any:
+        """No CPU: those are for the workers. A share of what only the driver's machine has."""
+        return ray_tune.PlacementGroupFactory([{"CPU": 0, config["node"]: _NODE_SHARE}])
+
+    def setup(self, config: dict[str, Any]) -> None:
         """Begin the first trial.
 
         Args:
-            config: the trial's number, and its values as JSON.
-            search: what it belongs to.
-            wish: asked when all trials are to stop.
+            config: what `Proposer.suggest` gives.
         """
-        self._search, self._wish = search, wish
+        self._wish = Stop(config["group"])
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -114,65 +120,87 @@ class TrialProcess(ray_tune.Trainable):
         self._thread.join()
 
     def _begin(self, config: dict[str, Any]) -> None:
-        trial = Trial(config["trial"], json.loads(config["params"]))
+        recipe = parse_recipe(json.loads(config["recipe"]))
         self._stop, self._events = threading.Event(), queue.SimpleQueue[dict[str, Any]]()
-        self._thread = threading.Thread(target=self._work, args=(trial, self._events.put), daemon=True)
+        arguments = (recipe, config["name"], self._stop, self._events.put)
+        self._thread = threading.Thread(target=_train, args=arguments, daemon=True)
         self._thread.start()
 
-    def _work(self, trial: Trial, put: Callable[[dict[str, Any]], None]) -> None:
-        def on_line(line: dict[str, Any]) -> None:
-            if "val_robust_accuracy" in line:
-                accuracies = Accuracies(line["val_clean_accuracy"], line["val_robust_accuracy"])
-                put({_EPOCH: round(line["epoch"]), **self._named(accuracies)})
 
+def _train(recipe: Recipe, name: str, stop: threading.Event, put: Callable[[dict[str, Any]], None]) -> None:
+    """Train a trial's run, and put what is news of it: accuracies, at last the way in which it ended."""
+
+    def on_line(line: dict[str, Any]) -> None:
+        if "val_robust_accuracy" in line:
+            accuracies = Accuracies(line["val_clean_accuracy"], line["val_robust_accuracy"])
+            put({_EPOCH: round(line["epoch"]), **accuracies.named()})
+
+    try:
+        summary = _fit(recipe, name, on_line, stop)
+    except StoppedError:
+        put({"status": _STOPPED})
+    except (UserError, ClusterError, WorkersError, FloatingPointError) as error:
+        put({"status": FAILED, "reason": str(error)})
+    except BaseException as error:  # noqa: BLE001 - the driver hears of it, and the search goes on
+        put({"status": FAILED, "reason": f"{type(error).__name__}: {error}"})
+    else:
+        accuracies = Accuracies(summary["clean_accuracy"], summary["robust_accuracy"])
+        put({"status": FINISHED, _EPOCH: summary["epochs"], **accuracies.named()})
+
+
+def _fit(recipe: Recipe, name: str, on_line: Callable[[dict[str, Any]], None], stop: threading.Event) -> dict[str, Any]:
+    """`fit`, once a process that still has the run lets go of it."""
+    deadline = time.monotonic() + _TAKEN_S
+    while True:
         try:
-            summary = self._fit(trial, on_line)
-        except StoppedError:
-            put({"status": _STOPPED})
-        except (UserError, ClusterError, WorkersError, FloatingPointError) as error:
-            put({"status": FAILED, "reason": str(error)})
-        except BaseException as error:  # the driver hears of it, and the search goes on
-            logger.exception("trial %d", trial.number)
-            put({"status": FAILED, "reason": f"{type(error).__name__}: {error}"})
-        else:
-            accuracies = Accuracies(summary["clean_accuracy"], summary["robust_accuracy"])
-            put({"status": FINISHED, _EPOCH: summary["epochs"], **self._named(accuracies)})
-
-    def _fit(self, trial: Trial, on_line: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-        deadline = time.monotonic() + _TAKEN_S
-        while True:
-            try:
-                return fit(self._search.recipe_of(trial), trial.name, on_line, self._stop)
-            except TakenError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(_POLL_S)
-
-    def _named(self, accuracies: Accuracies) -> dict[str, float]:
-        score = self._search.config.score(accuracies.clean, accuracies.robust)
-        return {"clean_accuracy": accuracies.clean, "robust_accuracy": accuracies.robust, _SCORE: score}
+            return fit(recipe, name, on_line, stop)
+        except TakenError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_POLL_S)
 
 
-class Proposer(Searcher):
-    """Gives Tune its trials: first those that an earlier launch left unfinished, then new ones."""
+class _Unsaved:
+    """Tune saves all that it is given, and nobody reads that: of these, which hold locks, it saves nothing."""
 
-    def __init__(self, search: Search, concurrency: int, stop: threading.Event):
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        return object, ()
+
+
+class Proposer(_Unsaved, Searcher):
+    """Gives Tune its trials: first those that an earlier launch left unfinished, then new ones.
+
+    Args:
+        search: the search.
+        scribe: hears of trials that can't begin.
+        concurrency: most trials at a time.
+        about: what else their processes are told.
+        stop: once it is set, there are no more.
+    """
+
+    def __init__(self, search: Search, scribe: Scribe, concurrency: int, about: dict[str, str], stop: threading.Event):
         super().__init__(metric=_SCORE, mode="max")
-        self._search, self._concurrency, self._stop = search, concurrency, stop
+        self._search, self._scribe, self._concurrency = search, scribe, concurrency
+        self._about, self._stop = about, stop
         self._left = search.ledger.running()
         self._at_work: set[str] = set()
 
     def suggest(self, trial_id: str) -> Any:
         """A trial's config; None: not now."""
-        if self._stop.is_set():
-            return Searcher.FINISHED
         if len(self._at_work) >= self._concurrency:
             return None
-        trial = self._left.pop(0) if self._left else self._search.next_trial()
-        if trial is None:
-            return Searcher.FINISHED
-        self._at_work.add(trial_id)
-        return {"trial": trial.number, "params": json.dumps(trial.params)}
+        while not self._stop.is_set():
+            trial = self._left.pop(0) if self._left else self._search.next_trial()
+            if trial is None:
+                break
+            try:
+                recipe = with_absolute_paths(self._search.recipe_of(trial))
+            except UserError as error:
+                self._scribe.end(trial, FAILED, reason=str(error))
+                continue
+            self._at_work.add(trial_id)
+            return {"trial": trial.number, "name": trial.name, "recipe": recipe.model_dump_json(), **self._about}
+        return Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:  # noqa: ARG002
         """Make room for the next."""
@@ -188,7 +216,7 @@ class Proposer(Searcher):
         """Nothing: the ledger has it."""
 
 
-class Pruner(FIFOScheduler):
+class Pruner(_Unsaved, FIFOScheduler):
     """One of Tune's rules, which has seen every report of the ledger before it sees new ones."""
 
     def __init__(self, search: Search):
@@ -199,10 +227,8 @@ class Pruner(FIFOScheduler):
             past = cast("Any", _Past(trial.name))
             self._remember(past, trial)
             if trial.last is not None:
-                last = {_EPOCH: max(trial.reports, default=0), **self._figures(trial.last)}
-                if trial.status == FINISHED:
-                    last[_EPOCH] = search.base.train.epochs
-                self._rule.on_trial_complete(cast("Any", None), past, last)
+                epoch = search.base.train.epochs if trial.status == FINISHED else max(trial.reports)
+                self._rule.on_trial_complete(_NOBODY, past, self._told(epoch, trial.last))
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:  # noqa: ARG002
         """Show the rule what an unfinished trial has reported before."""
@@ -212,12 +238,12 @@ class Pruner(FIFOScheduler):
         """As the rule decides; of what was reported before, a trial that goes on tells again."""
         if result[_EPOCH] in self._search.ledger.trials[trial.config["trial"]].reports:
             return TrialScheduler.CONTINUE
-        return self._rule.on_trial_result(tune_controller, trial, result)
+        return self._rule.on_trial_result(tune_controller, trial, result | self._scored(result))
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """Pass it on where there is a score: a trial that failed, or was told to stop, has none."""
-        if _SCORE in result:
-            self._rule.on_trial_complete(tune_controller, trial, result)
+        if _EPOCH in result:
+            self._rule.on_trial_complete(tune_controller, trial, result | self._scored(result))
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """Pass it on."""
@@ -228,13 +254,17 @@ class Pruner(FIFOScheduler):
         self._rule.on_trial_remove(tune_controller, trial)
 
     def _remember(self, stands_for: Any, trial: Trial) -> None:
-        controller = cast("Any", None)  # none of the rules asks it
-        self._rule.on_trial_add(controller, stands_for)
+        self._rule.on_trial_add(_NOBODY, stands_for)
         for epoch, accuracies in trial.reports.items():
-            self._rule.on_trial_result(controller, stands_for, {_EPOCH: epoch, **self._figures(accuracies)})
+            self._rule.on_trial_result(_NOBODY, stands_for, self._told(epoch, accuracies))
 
-    def _figures(self, accuracies: Accuracies) -> dict[str, Any]:
-        return {_SCORE: self._search.config.score(accuracies.clean, accuracies.robust)}
+    def _told(self, epoch: int, accuracies: Accuracies) -> dict[str, Any]:
+        """A report as Tune has it."""
+        result = {_EPOCH: epoch, **accuracies.named()}
+        return result | self._scored(result)
+
+    def _scored(self, result: dict[str, Any]) -> dict[str, float]:
+        return {_SCORE: self._search.config.score(result["clean_accuracy"], result["robust_accuracy"])}
 
 
 class _Past:
@@ -244,7 +274,7 @@ class _Past:
         self.trial_id = trial_id
 
 
-class Scribe(ray_tune.Callback):
+class Scribe(_Unsaved, ray_tune.Callback):
     """Writes what happens into the ledger and shows it, in Tune's loop: before anything follows from it."""
 
     def __init__(self, search: Search, progress: SearchProgress, stop: threading.Event):
@@ -266,29 +296,32 @@ class Scribe(ray_tune.Callback):
         ours, status = self._of(trial), result.get("status")
         if status == _STOPPED:
             return
-        accuracies = Accuracies(result["clean_accuracy"], result["robust_accuracy"]) if _SCORE in result else None
-        if status is not None:
-            self._end(ours, status, accuracies, result.get("reason", ""))
+        if status == FAILED:
+            self.end(ours, FAILED, reason=result["reason"])
             return
-        assert accuracies is not None
+        accuracies = Accuracies(result["clean_accuracy"], result["robust_accuracy"])
+        if status == FINISHED:
+            self.end(ours, FINISHED, accuracies)
+            return
         if result[_EPOCH] not in ours.reports:
             self._search.ledger.report(ours.number, result[_EPOCH], accuracies)
             self._progress.reported(ours)
         if result["done"]:
-            self._end(ours, PRUNED, None, f"after epoch {result[_EPOCH]}, by {self._search.config.scheduler}")
+            self.end(ours, PRUNED, reason=f"after epoch {result[_EPOCH]}, by {self._search.config.scheduler}")
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
         """Note that a trial's process died too often."""
-        error = " ".join(str(trial.get_error()).split())[:500]
-        self._end(self._of(trial), FAILED, None, error)
+        error = f"its process died more than {_MAX_FAILURES} times"
+        self.end(self._of(trial), FAILED, reason=error)
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:  # noqa: ARG002
         """Look at the clock."""
         if self._search.time_is_over():
             self._stop.set()
 
-    def _end(self, trial: Trial, status: str, result: Accuracies | None, reason: str) -> None:
-        self._search.ledger.end(trial.number, status, result, reason)
+    def end(self, trial: Trial, status: str, result: Accuracies | None = None, *, reason: str = "") -> None:
+        """Note the end of a trial, in one line."""
+        self._search.ledger.end(trial.number, status, result, " ".join(reason.split()))
         self._search.log_end(trial)
         self._progress.ended(trial)
 

@@ -23,6 +23,10 @@ class Accuracies:
     clean: float
     robust: float
 
+    def named(self) -> dict[str, float]:
+        """By the names that results have everywhere."""
+        return {"clean_accuracy": self.clean, "robust_accuracy": self.robust}
+
 
 @dataclass
 class Trial:
@@ -90,11 +94,12 @@ class Ledger:
 
     def report(self, number: int, epoch: int, accuracies: Accuracies) -> None:
         """Note accuracies in the course of a trial."""
-        self._note({"event": "report", "trial": number, "epoch": epoch, **_named(accuracies)})
+        self._note({"event": "report", "trial": number, "epoch": epoch, **accuracies.named()})
 
     def end(self, number: int, status: str, result: Accuracies | None = None, reason: str = "") -> None:
         """Note a trial's end."""
-        self._note({"event": "ended", "trial": number, "status": status, "reason": reason, **_named(result)})
+        accuracies = result.named() if result else {}
+        self._note({"event": "ended", "trial": number, "status": status, "reason": reason, **accuracies})
 
     def seconds(self) -> float:
         """Time of the search over all of its launches, in seconds; a killed one's ends with its last line."""
@@ -124,12 +129,6 @@ class Ledger:
             self._folder.write(TRIALS, whole)
         for line in whole.splitlines():
             yield json.loads(line)
-
-
-def _named(accuracies: Accuracies | None) -> dict[str, float]:
-    if accuracies is None:
-        return {}
-    return {"clean_accuracy": accuracies.clean, "robust_accuracy": accuracies.robust}
 
 
 def _accuracies(event: dict[str, Any]) -> Accuracies:

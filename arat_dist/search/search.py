@@ -269,11 +269,7 @@ class Search:
 
 def _figures(accuracies: Accuracies, config: SearchConfig) -> dict[str, float]:
     """Two accuracies and their score, by name."""
-    return {
-        "clean_accuracy": accuracies.clean,
-        "robust_accuracy": accuracies.robust,
-        "score": config.score(accuracies.clean, accuracies.robust),
-    }
+    return accuracies.named() | {"score": config.score(accuracies.clean, accuracies.robust)}
 
 
 def _measurable(recipe: Recipe, config: SearchConfig, source: str) -> Recipe:
