@@ -149,10 +149,11 @@ class _Watcher:
                     self._dump(silent_s)
                 self._kill(limit_s)
                 return
-            # A stopped rank would have to go on for it, and might then give a sign of life: that has to wait.
-            if silent_s >= _DUMP_AT * limit_s and not dumped and self._state() != _STATES["T"]:
+            if silent_s >= _DUMP_AT * limit_s and not dumped:
                 dumped = True
-                self._dump(silent_s)
+                if self._dump(silent_s) == _STATES["T"]:
+                    # It had to go on for a moment: a sign of life that it gave then is none.
+                    beats = self._shared[_BEATS]
 
     def _ends_within(self, seconds: float) -> bool:
         return bool(self._rank.poll(seconds * 1000))
@@ -165,8 +166,12 @@ class _Watcher:
             return "gone"
         return _STATES.get(letter, f"in state {letter}")
 
-    def _dump(self, silent_s: float) -> None:
-        """Have the rank write its stacks, and pass them on; a stopped rank goes on for no longer than that takes."""
+    def _dump(self, silent_s: float) -> str:
+        """Have the rank write its stacks, and pass them on; a stopped rank goes on for no longer than that takes.
+
+        Returns:
+            What it was doing.
+        """
         state, begin = self._state(), os.fstat(self._stacks_fd).st_size
         self._send(DUMP_SIGNAL)
         self._send(signal.SIGCONT)
@@ -181,12 +186,17 @@ class _Watcher:
         text = f"{self._name}: no sign of life for {silent_s:.0f} s; process {self._pid} is {state}:\n{stacks}"
         _within(_SAY_S, _say, text)
         _within(_WRITE_S, self._write, text)
+        return state
 
     def _write(self, text: str) -> None:
         """Write the stacks into the run's folder, wherever that is."""
         file = f"{self._name}-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.txt"
-        sys.path[:] = self._path
         try:
+            if "://" not in self._uri:  # at once: when another rank is killed, Ray ends this one and its children
+                Path(self._uri).mkdir(parents=True, exist_ok=True)
+                (Path(self._uri) / file).write_text(text)
+                return
+            sys.path[:] = self._path
             from arat_dist.storage import Storage
 
             Storage(self._uri).write(file, text.encode())

@@ -1,6 +1,7 @@
 """What all tests share: quiet libraries, one thread, tiny data sets, and no process left behind."""
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -15,6 +16,9 @@ import hypothesis
 import pytest
 import torch
 from toys import BlotchSource, Sets
+
+# A shell that starts tests in its background has them ignore Ctrl-C, and with them all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A time is never a reason to fail: machines are shared.
 hypothesis.settings.register_profile("patient", deadline=None)

@@ -197,6 +197,8 @@ class Script(_Watcher):
         looks: for each look at the rank, the seconds since the one before, and whether it gave a sign of life.
     """
 
+    does, beats_when_it_goes_on = "sleeping", 0
+
     def __init__(self, limit_s: float, looks: Sequence[tuple[float, bool]], monkeypatch: pytest.MonkeyPatch):
         self.now, self.done = 0.0, []
         self._looks, self._shared = iter(looks), [0, int(limit_s * 1000)]  # pyright: ignore[reportAttributeAccessIssue]
@@ -210,10 +212,12 @@ class Script(_Watcher):
         return passed is None
 
     def _state(self) -> str:
-        return "sleeping"
+        return self.does
 
-    def _dump(self, silent_s: float) -> None:
+    def _dump(self, silent_s: float) -> str:
         self.done.append(("dump", silent_s))
+        self._shared[_BEATS] += self.beats_when_it_goes_on
+        return self._state()
 
     def _kill(self, limit_s: float) -> None:
         self.done.append(("kill", limit_s))
@@ -229,6 +233,14 @@ def test_who_hangs_again_has_its_stacks_dumped_again(monkeypatch):
     look, sign = (_TICK_S, False), (_TICK_S, True)
     done = Script(4, [sign, *[look] * 15, sign, *[look] * 16], monkeypatch).done
     assert done == [("dump", 3.75), ("dump", 3.75), ("kill", 4.0)]
+
+
+@pytest.mark.parametrize(("does", "done"), [("stopped by a signal", ["dump", "kill"]), ("sleeping", ["dump"])])
+def test_a_stopped_rank_that_goes_on_for_its_stacks_alone_gives_no_sign_of_life(monkeypatch, does, done):
+    monkeypatch.setattr(Script, "does", does)
+    monkeypatch.setattr(Script, "beats_when_it_goes_on", 1)
+    script = Script(4, [(_TICK_S, True), *[(_TICK_S, False)] * 17], monkeypatch)
+    assert [what for what, _ in script.done] == done
 
 
 def test_who_watches_goes_when_its_rank_is_killed(tmp_path):

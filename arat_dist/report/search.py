@@ -48,7 +48,7 @@ def search_plots(searches: Sequence[Search]) -> list[Plot]:
         plots.append(
             draw(
                 f"search-{number}",
-                _title(search),
+                f"Trials, {_title(search)}",
                 f"{len(points.front)} of {len(search.ledger.trials)} trials are beaten by no other in both accuracies.",
                 lambda points=points: front_plot(points),
                 caption="Joined: trials that no other beats in both. Hollow: beaten. Crosses: pruned, by their last "
@@ -102,9 +102,7 @@ def _title(search: Search) -> str:
     evaluation = search.base.eval
     assert evaluation.norm is not None
     assert evaluation.eps is not None
-    return f"Trials: clean against robust accuracy, {attack_name(evaluation.attack)}, " + radius_name(
-        evaluation.norm, evaluation.eps
-    )
+    return f"{attack_name(evaluation.attack)}, {radius_name(evaluation.norm, evaluation.eps)}"
 
 
 def _array(trials: Sequence[Trial]) -> np.ndarray:
