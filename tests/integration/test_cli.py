@@ -363,7 +363,8 @@ def test_a_net_of_our_own_goes_out_in_both_forms(digits, tmp_path, capsys):
     first, second = capsys.readouterr().out.splitlines()
     assert f"import arat_dist.models; timm.create_model('local-dir:{tmp_path}/out'" in first
     assert f"timm alone doesn't know this architecture, so {tmp_path}/out/model.onnx is there as well" in second
-    assert main(["eval", f"{tmp_path}/out", "--data", f"{digits}/val.beton", "--attack", "none", "--limit", "8"]) == 0
+    options = ["--data", f"{digits}/val.beton", "--attack", "none", "--limit", "8", "--out", f"{tmp_path}/evaluation"]
+    assert main(["eval", f"{tmp_path}/out", *options]) == 0
 
 
 def test_folders_are_written_and_checked(tmp_path, monkeypatch, capsys):
