@@ -43,6 +43,10 @@ class StoppedError(Exception):
         self.step = step
 
 
+class SearchError(RuntimeError):
+    """No trial of a search came to anything: one line with the reason of the first."""
+
+
 class SupersededError(RuntimeError):
     """A later start of the run is at work, so this process, cut off perhaps, must write nothing more into it."""
 

@@ -20,6 +20,8 @@ from arat_dist.storage import Storage
 
 METRICS = "metrics.jsonl"
 RECIPE = "recipe.yaml"
+SEARCH = "search.yaml"
+"""What the folder of a search has in the place of a recipe."""
 SUMMARY = "summary.json"
 ATTEMPTS = "attempts.jsonl"
 SKIPPED = "skipped.jsonl"
@@ -70,6 +72,8 @@ class Run:
 
     def check(self, recipe: Recipe) -> None:
         """Refuse a recipe that isn't this run's, if the run has begun (UserError); finished or not."""
+        if self.folder.exists(SEARCH):
+            raise UserError(f"--name: {self.name}: a search has this name; another name would be right")
         if not self.folder.exists(RECIPE):
             return
         before = essence(self.recipe())

@@ -36,6 +36,7 @@ _PASSWORD = re.compile(r"(://[^\s/@:]*:)[^\s/]*@")
 TAG = "arat.token"
 """Tag of an MLflow run by which the run that it belongs to finds it again."""
 _PARENT = "mlflow.parentRunId"
+_TRIAL = "arat.trial"
 _PARAM_LENGTH = 500
 _BATCH = 1000
 """Metrics that MLflow takes in one call; it applies all of a call or none."""
@@ -204,10 +205,13 @@ class Replica:
 class Child:
     """What MLflow's run of a trial gets from the search it belongs to.
 
+    params: the trial's values.
+    tags: what the search knows of it.
     status: MLflow's, once the trial has ended; the trial itself knows no pruning.
     """
 
     run: Run
+    params: dict[str, str]
     tags: dict[str, str]
     status: str | None
 
@@ -228,29 +232,66 @@ class SearchReplica(Replica):
     ):
         super().__init__(run, recipe, uri)
         self._search_settings, self._children = settings, children
-        self._marked: dict[str, Child] = {}
+        self._settled: dict[str, Child] = {}
+        self._is_last = False
 
     def update(self) -> None:
         """Send what came since, and mark the trials' runs."""
         super().update()
         for child in self._children():
-            run_id = child.run.folder.read_json(MLFLOW).get("run_id")
-            if run_id is not None and self._marked.get(run_id) != child:
-                self._mark(run_id, child)
-                self._marked[run_id] = child
+            name = child.run.name
+            if self._settled.get(name) != child and self._mark(child):
+                self._settled[name] = child
 
     def close(self, summary: dict[str, Any], *, at_the_last_line: bool = False) -> None:
-        """As for a run; the marks are compared once more, for a trial that was pruned calls itself failed."""
-        self._marked.clear()
+        """As for a run; all marks are compared once more."""
+        self._settled.clear()
+        self._is_last = True
         super().close(summary, at_the_last_line=at_the_last_line)
 
-    def _mark(self, run_id: str, child: Child) -> None:
-        found = self._client.get_run(run_id)
+    def _mark(self, child: Child) -> bool:
+        """Whether nothing more has to be marked, unless the child changes."""
+        notes = child.run.folder.read_json(MLFLOW)
+        if notes.get("tracking_uri", self.uri) != self.uri:
+            return True  # it is another server's
+        found = self._run_of(child, notes)
+        if found is None:
+            return False
+        run_id, status = found.info.run_id, found.info.status
         for key, value in {_PARENT: self.run_id, **child.tags}.items():
             if found.data.tags.get(key, "") != value:
                 self._client.set_tag(run_id, key, value)
-        if child.status is not None and found.info.status != child.status:
+        if child.status is None or child.status == status:
+            return child.status == status or status == "RUNNING"
+        # While it runs its own mirror is at work, which would have the last word.
+        if status != "RUNNING" or self._is_last:
             self._client.set_terminated(run_id, child.status, found.info.end_time)
+            return True
+        return False
+
+    def _run_of(self, child: Child, notes: dict[str, Any]) -> Any:
+        """The run of a trial; of one that failed before it had any, a new one; None where there is none."""
+        from mlflow.entities import Param
+        from mlflow.exceptions import MlflowException
+
+        if "run_id" in notes:
+            try:
+                return self._client.get_run(notes["run_id"])
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                return None  # somebody has deleted it
+        if child.status != "FAILED":
+            return None
+        experiment = self._experiment()
+        mine = f"tags.`{_PARENT}` = '{self.run_id}' AND tags.`{_TRIAL}` = '{child.tags[_TRIAL]}'"
+        if same := self._client.search_runs([experiment], mine):
+            return same[0]
+        tags = {_PARENT: self.run_id, **child.tags}
+        created = self._client.create_run(experiment, tags=tags, run_name=child.run.name)
+        params = [Param(key, value[:_PARAM_LENGTH]) for key, value in child.params.items()]
+        self._client.log_batch(created.info.run_id, params=params)
+        return created
 
     def _settings(self) -> dict[str, Any]:
         return super()._settings() | {"search": self._search_settings}

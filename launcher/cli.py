@@ -17,7 +17,7 @@ from typing import Any
 from rich.logging import RichHandler
 
 from arat_dist.config import ATTACKS, EvalConfig
-from arat_dist.errors import ClusterError, StoppedError, TrackingError, UserError, WorkersError
+from arat_dist.errors import ClusterError, SearchError, StoppedError, TrackingError, UserError, WorkersError
 from arat_dist.recipe import iter_keys
 from launcher import verbs
 from launcher.submit import JobError
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"arat: stopped{'' if args.verb in ('eval', 'tune') else where}; the same command goes on", file=sys.stderr
         )
         return FAILED
-    except ClusterError as error:
+    except (ClusterError, SearchError) as error:
         print(f"arat: {error}", file=sys.stderr)
         return FAILED
     except FloatingPointError as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import os
 import queue
 import secrets
 import tempfile
@@ -33,6 +34,8 @@ from launcher.fit import fit, with_absolute_paths
 from launcher.search_progress import SearchProgress
 
 _STOPPED = "stopped"
+_HELD_UP = "held up"
+"""For want of room, or since another process has the run: it is the search that has to wait, no trial that fails."""
 _POLL_S = 0.5
 _TAKEN_S = 60.0
 """How long a trial waits for a process that still has its run: one that a killed driver left behind ends by itself."""
@@ -45,17 +48,22 @@ _NOBODY = cast("Any", None)
 
 
 def run_trials(search: Search, concurrency: int, progress: SearchProgress, stop: threading.Event) -> None:
-    """Have Tune run trials until there are no more, or until the event is set and those at work have stopped."""
+    """Have Tune run trials until there are no more, or until the event is set and those at work have stopped.
+
+    Raises:
+        ClusterError: one of them was held up: the cluster lost room for it, or another process has its run.
+    """
     name = f"{search.run.name}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     asked = Stop(name)
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     # What Tune writes is read by nobody. Its processes are on this machine, wherever their workers are.
-    with tempfile.TemporaryDirectory(prefix="arat-tune-") as folder:
+    with tempfile.TemporaryDirectory(prefix="arat-tune-", ignore_cleanup_errors=True) as folder:
         scribe = Scribe(search, progress, stop)
+        about = {"group": name, "node": _this_node(), "cwd": os.getcwd()}
         tuner = ray_tune.Tuner(
             TrialProcess,
             tune_config=ray_tune.TuneConfig(
-                search_alg=Proposer(search, scribe, concurrency, {"group": name, "node": _this_node()}, stop),
+                search_alg=Proposer(search, scribe, concurrency, about, stop),
                 scheduler=Pruner(search),
                 num_samples=-1,
                 reuse_actors=True,
@@ -75,6 +83,8 @@ def run_trials(search: Search, concurrency: int, progress: SearchProgress, stop:
             in_thread(tuner.fit, stop, asked)
         finally:
             asked.forget()
+    if scribe.held_up:
+        raise ClusterError(scribe.held_up)
 
 
 class TrialProcess(ray_tune.Trainable):
@@ -98,9 +108,9 @@ class TrialProcess(ray_tune.Trainable):
         self._begin(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """End the trial before, unless it has ended, and begin the next."""
-        self.cleanup()
-        self._begin(new_config)
+        """Stop the trial before, unless it has ended, and begin the next after it."""
+        self._stop.set()
+        self._begin(new_config, self._thread)
         return True
 
     def step(self) -> dict[str, Any]:
@@ -119,16 +129,25 @@ class TrialProcess(ray_tune.Trainable):
         self._stop.set()
         self._thread.join()
 
-    def _begin(self, config: dict[str, Any]) -> None:
+    def _begin(self, config: dict[str, Any], before: threading.Thread | None = None) -> None:
+        os.chdir(config["cwd"])  # the driver's: Tune has made it another
         recipe = parse_recipe(json.loads(config["recipe"]))
         self._stop, self._events = threading.Event(), queue.SimpleQueue[dict[str, Any]]()
-        arguments = (recipe, config["name"], self._stop, self._events.put)
+        arguments = (recipe, config["name"], self._stop, self._events.put, before)
         self._thread = threading.Thread(target=_train, args=arguments, daemon=True)
         self._thread.start()
 
 
-def _train(recipe: Recipe, name: str, stop: threading.Event, put: Callable[[dict[str, Any]], None]) -> None:
-    """Train a trial's run, and put what is news of it: accuracies, at last the way in which it ended."""
+def _train(
+    recipe: Recipe,
+    name: str,
+    stop: threading.Event,
+    put: Callable[[dict[str, Any]], None],
+    before: threading.Thread | None,
+) -> None:
+    """Train a trial's run once the thread before has ended, and put what is news: accuracies, at last how it ended."""
+    if before is not None:
+        before.join()
 
     def on_line(line: dict[str, Any]) -> None:
         if "val_robust_accuracy" in line:
@@ -139,7 +158,9 @@ def _train(recipe: Recipe, name: str, stop: threading.Event, put: Callable[[dict
         summary = _fit(recipe, name, on_line, stop)
     except StoppedError:
         put({"status": _STOPPED})
-    except (UserError, ClusterError, WorkersError, FloatingPointError) as error:
+    except (ClusterError, TakenError) as error:
+        put({"status": _HELD_UP, "reason": str(error)})
+    except (UserError, WorkersError, FloatingPointError) as error:
         put({"status": FAILED, "reason": str(error)})
     except BaseException as error:  # noqa: BLE001 - the driver hears of it, and the search goes on
         put({"status": FAILED, "reason": f"{type(error).__name__}: {error}"})
@@ -157,7 +178,8 @@ def _fit(recipe: Recipe, name: str, on_line: Callable[[dict[str, Any]], None], s
         except TakenError:
             if time.monotonic() > deadline:
                 raise
-            time.sleep(_POLL_S)
+            if stop.wait(_POLL_S):
+                raise StoppedError(None) from None
 
 
 class _Unsaved:
@@ -189,7 +211,7 @@ class Proposer(_Unsaved, Searcher):
         """A trial's config; None: not now."""
         if len(self._at_work) >= self._concurrency:
             return None
-        while not self._stop.is_set():
+        while not self._stop.is_set() and not self._search.time_is_over():
             trial = self._left.pop(0) if self._left else self._search.next_trial()
             if trial is None:
                 break
@@ -217,58 +239,51 @@ class Proposer(_Unsaved, Searcher):
 
 
 class Pruner(_Unsaved, FIFOScheduler):
-    """One of Tune's rules, which has seen every report of the ledger before it sees new ones."""
+    """One of Tune's rules, which has seen all that is in the ledger, in its order, before it sees what is new."""
 
     def __init__(self, search: Search):
         super().__init__()
-        self._search = search
-        self._rule = _rule(search)
-        for trial in search.ledger.ended():
-            past = cast("Any", _Past(trial.name))
-            self._remember(past, trial)
-            if trial.last is not None:
+        self._search, self._rule = search, _rule(search)
+        self._known: dict[int, _Seen] = {}
+        for event in search.ledger.events:
+            trial = search.ledger.trials[event["trial"]]
+            if event["event"] == "report":
+                self._rule.on_trial_result(_NOBODY, self._seen(trial), self._scored(event))
+            elif event["event"] == "ended" and trial.status in (FINISHED, PRUNED) and trial.last:
                 epoch = search.base.train.epochs if trial.status == FINISHED else max(trial.reports)
-                self._rule.on_trial_complete(_NOBODY, past, self._told(epoch, trial.last))
-
-    def on_trial_add(self, tune_controller: Any, trial: Any) -> None:  # noqa: ARG002
-        """Show the rule what an unfinished trial has reported before."""
-        self._remember(trial, self._search.ledger.trials[trial.config["trial"]])
+                self._rule.on_trial_complete(
+                    _NOBODY, self._seen(trial), self._scored({_EPOCH: epoch, **trial.last.named()})
+                )
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         """As the rule decides; of what was reported before, a trial that goes on tells again."""
-        if result[_EPOCH] in self._search.ledger.trials[trial.config["trial"]].reports:
+        ours = self._of(trial)
+        if result[_EPOCH] in ours.reports:
             return TrialScheduler.CONTINUE
-        return self._rule.on_trial_result(tune_controller, trial, result | self._scored(result))
+        return self._rule.on_trial_result(tune_controller, self._seen(ours), self._scored(result))
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """Pass it on where there is a score: a trial that failed, or was told to stop, has none."""
+        """Pass it on where there are accuracies: a trial that failed, or was told to stop, has none."""
         if _EPOCH in result:
-            self._rule.on_trial_complete(tune_controller, trial, result | self._scored(result))
+            self._rule.on_trial_complete(tune_controller, self._seen(self._of(trial)), self._scored(result))
 
-    def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
-        """Pass it on."""
-        self._rule.on_trial_error(tune_controller, trial)
+    def _of(self, trial: Any) -> Trial:
+        return self._search.ledger.trials[trial.config["trial"]]
 
-    def on_trial_remove(self, tune_controller: Any, trial: Any) -> None:
-        """Pass it on."""
-        self._rule.on_trial_remove(tune_controller, trial)
+    def _seen(self, trial: Trial) -> Any:
+        """What stands for a trial in the rule."""
+        if trial.number not in self._known:
+            self._known[trial.number] = _Seen(trial.name)
+            self._rule.on_trial_add(_NOBODY, cast("Any", self._known[trial.number]))
+        return self._known[trial.number]
 
-    def _remember(self, stands_for: Any, trial: Trial) -> None:
-        self._rule.on_trial_add(_NOBODY, stands_for)
-        for epoch, accuracies in trial.reports.items():
-            self._rule.on_trial_result(_NOBODY, stands_for, self._told(epoch, accuracies))
-
-    def _told(self, epoch: int, accuracies: Accuracies) -> dict[str, Any]:
-        """A report as Tune has it."""
-        result = {_EPOCH: epoch, **accuracies.named()}
-        return result | self._scored(result)
-
-    def _scored(self, result: dict[str, Any]) -> dict[str, float]:
-        return {_SCORE: self._search.config.score(result["clean_accuracy"], result["robust_accuracy"])}
+    def _scored(self, result: dict[str, Any]) -> dict[str, Any]:
+        score = self._search.config.score(result["clean_accuracy"], result["robust_accuracy"])
+        return {_EPOCH: result[_EPOCH], _SCORE: score}
 
 
-class _Past:
-    """Stands for a trial of an earlier launch."""
+class _Seen:
+    """A trial as far as Tune's rules look at it: the same in every launch."""
 
     def __init__(self, trial_id: str):
         self.trial_id = trial_id
@@ -279,6 +294,7 @@ class Scribe(_Unsaved, ray_tune.Callback):
 
     def __init__(self, search: Search, progress: SearchProgress, stop: threading.Event):
         self._search, self._progress, self._stop = search, progress, stop
+        self.held_up = ""
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
         """Show it."""
@@ -294,7 +310,10 @@ class Scribe(_Unsaved, ray_tune.Callback):
     ) -> None:
         """Note accuracies, or the end; a trial that was told to stop goes on another time, unless there is none."""
         ours, status = self._of(trial), result.get("status")
-        if status == _STOPPED:
+        if status == _HELD_UP:
+            self.held_up = f"trial {ours.number}: {result['reason']}"
+            self._stop.set()
+        if status in (_STOPPED, _HELD_UP):
             return
         if status == FAILED:
             self.end(ours, FAILED, reason=result["reason"])
@@ -303,16 +322,17 @@ class Scribe(_Unsaved, ray_tune.Callback):
         if status == FINISHED:
             self.end(ours, FINISHED, accuracies)
             return
-        if result[_EPOCH] not in ours.reports:
-            self._search.ledger.report(ours.number, result[_EPOCH], accuracies)
-            self._progress.reported(ours)
-        if result["done"]:
-            self.end(ours, PRUNED, reason=f"after epoch {result[_EPOCH]}, by {self._search.config.scheduler}")
+        if result[_EPOCH] in ours.reports:
+            return
+        pruned = f"after epoch {result[_EPOCH]}, by {self._search.config.scheduler}" if result["done"] else ""
+        self._search.ledger.report(ours.number, result[_EPOCH], accuracies, pruned=pruned)
+        self._progress.reported(ours)
+        if pruned:
+            self._has_ended(ours)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:  # noqa: ARG002
         """Note that a trial's process died too often."""
-        error = f"its process died more than {_MAX_FAILURES} times"
-        self.end(self._of(trial), FAILED, reason=error)
+        self.end(self._of(trial), FAILED, reason="its process beside the driver died too often")
 
     def on_step_end(self, iteration: int, trials: list[Any], **info: Any) -> None:  # noqa: ARG002
         """Look at the clock."""
@@ -320,9 +340,12 @@ class Scribe(_Unsaved, ray_tune.Callback):
             self._stop.set()
 
     def end(self, trial: Trial, status: str, result: Accuracies | None = None, *, reason: str = "") -> None:
-        """Note the end of a trial, in one line."""
-        self._search.ledger.end(trial.number, status, result, " ".join(reason.split()))
-        self._search.log_end(trial)
+        """Note the end of a trial."""
+        self._search.ledger.end(trial.number, status, result, reason)
+        self._has_ended(trial)
+
+    def _has_ended(self, trial: Trial) -> None:
+        self._search.log_ends()
         self._progress.ended(trial)
 
     def _of(self, trial: Any) -> Trial:

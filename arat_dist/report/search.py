@@ -12,7 +12,7 @@ from arat_dist.report.names import attack_name, radius_name
 from arat_dist.report.plots import TrialPoints, front_plot
 from arat_dist.report.style import styled, to_png
 from arat_dist.search.front import best, pareto_front
-from arat_dist.search.ledger import FINISHED, STATUSES, Trial
+from arat_dist.search.ledger import FINISHED, PRUNED, STATUSES, Trial
 from arat_dist.search.search import Search
 
 PLOT = "pareto.png"
@@ -68,8 +68,8 @@ def trial_points(search: Search) -> TrialPoints:
     """The trials as points."""
     front = pareto_front(search.ledger.trials)
     beaten = [trial for trial in search.ledger.ended(FINISHED) if trial not in front]
-    others = [trial for trial in search.ledger.trials if trial.status != FINISHED and trial.last]
-    return TrialPoints(_array(front), [str(trial.number) for trial in front], _array(beaten), _array(others))
+    pruned = [trial for trial in search.ledger.ended(PRUNED) if trial.last]
+    return TrialPoints(_array(front), [str(trial.number) for trial in front], _array(beaten), _array(pruned))
 
 
 def search_tables(searches: Sequence[Search]) -> list[dict[str, Any]]:

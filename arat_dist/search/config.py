@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,8 +14,8 @@ from arat_dist.config import Count, Integer, Number, Positive, Section, Share
 from arat_dist.errors import UserError
 from arat_dist.recipe import read_mapping, search_names, shipped_or_own
 
-MOST_GRID_VALUES = 1000
-"""Of one key: more is a mistake in a step."""
+MOST_VALUES = 1000
+"""Of a key with a step: more is a mistake."""
 
 
 def _listed(value: object) -> object:
@@ -26,10 +25,13 @@ def _listed(value: object) -> object:
     return {key: each if isinstance(each, list) else [each] for key, each in value.items()}
 
 
+Values = Annotated[list[Any], Field(min_length=1)]
+
+
 class Distribution(Section):
     """What the values of a key are drawn from."""
 
-    when: Annotated[dict[str, list[Any]], BeforeValidator(_listed)] = Field(default_factory=dict)
+    when: Annotated[dict[str, Values], BeforeValidator(_listed)] = Field(default_factory=dict)
     """Drawn only where each of these keys, which stand before it, has one of these values; else the recipe's stays."""
 
     def is_drawn(self, drawn: dict[str, Any]) -> bool:
@@ -42,7 +44,7 @@ class Choice(Distribution):
 
     type: Literal["choice"]
     """The distribution."""
-    values: Annotated[list[Any], Field(min_length=1)]
+    values: Values
     """What to choose from, as a recipe would have it."""
 
     def grid(self) -> list[Any]:
@@ -81,12 +83,19 @@ class Uniform(_Range):
     step: Positive | None = None
     """Distance of the values, counted from `low`; default: any number of the range."""
 
+    @model_validator(mode="after")
+    def _has_few_steps(self) -> Uniform:
+        if self.step is not None and (self.high - self.low) / self.step >= MOST_VALUES:
+            raise ValueError(f"step {self.step:g}: more than {MOST_VALUES} values; a larger one would be right")
+        return self
+
     def grid(self) -> list[Any] | None:
-        """Every value; None where they can't be counted."""
+        """Every value; None where there is no step."""
         if self.step is None:
             return None
-        last = self.high + 1e-9 * self.step
-        return list(takewhile(lambda value: value <= last, _multiples(self.low, self.step)))
+        count = math.floor((self.high - self.low) / self.step + 1e-6) + 1
+        decimals = max(0, 12 - math.floor(math.log10(max(abs(self.low), abs(self.high)))))
+        return [round(self.low + number * self.step, decimals) for number in range(count)]
 
 
 class LogUniform(_Range):
@@ -116,9 +125,10 @@ class Int(_Range):
     step: Count = 1
     """Distance of the values, counted from `low`."""
 
-    def grid(self) -> list[Any]:
-        """Every value."""
-        return list(range(self.low, self.high + 1, self.step))
+    def grid(self) -> list[Any] | None:
+        """Every value; None where they are too many."""
+        values = range(self.low, self.high + 1, self.step)
+        return list(values) if len(values) <= MOST_VALUES else None
 
 
 AnyDistribution = Annotated[Choice | Uniform | LogUniform | Int, Field(discriminator="type")]
@@ -161,12 +171,10 @@ class SearchConfig(Section):
         return self
 
     def _faults(self) -> Iterator[str]:
-        before: list[str] = []
+        before: dict[str, Choice | Uniform | LogUniform | Int] = {}
         for key, distribution in self.space.items():
-            for other in distribution.when:
-                if other not in before:
-                    yield f"space.{key}.when: {other}: a key of the space that stands before {key} would be right"
-            before.append(key)
+            yield from (f"space.{key}.when: {fault}" for fault in _condition_faults(key, distribution, before))
+            before[key] = distribution
             if self.searcher == "grid" and not distribution.grid():
                 yield f"space.{key}: {distribution.type}: searcher grid goes with choice, int, and uniform with a step"
         if self.searcher != "grid" and self.trials is None:
@@ -177,6 +185,20 @@ class SearchConfig(Section):
     def score(self, clean: float, robust: float) -> float:
         """The score of two accuracies, shares of 1."""
         return self.robust_weight * robust + (1 - self.robust_weight) * clean
+
+
+def _condition_faults(
+    key: str, distribution: Distribution, before: dict[str, Choice | Uniform | LogUniform | Int]
+) -> Iterator[str]:
+    """What is wrong with the keys and values on which one depends, given those that stand before it."""
+    for other, values in distribution.when.items():
+        if other not in before:
+            yield f"{other}: a key of the space that stands before {key} would be right"
+            return
+        known = before[other].grid()
+        if known is None or any(value not in known for value in values):
+            shown = "a choice or an int" if known is None else ", ".join(map(str, known))
+            yield f"{other}: {', '.join(map(str, values))}: {'' if known is None else 'one of '}{shown} would be right"
 
 
 def read_search(path: str | Path) -> SearchConfig:
@@ -198,12 +220,6 @@ def parse_search(tree: dict[str, Any], *, source: str = "search") -> SearchConfi
         return SearchConfig.model_validate(tree)
     except ValidationError as error:
         raise UserError(f"{source}: {_first_error(error.errors())}") from error
-
-
-def _multiples(low: float, step: float) -> Iterator[float]:
-    decimals = max(0, 12 - math.floor(math.log10(max(abs(low), step))))
-    for number in range(MOST_GRID_VALUES):
-        yield round(low + number * step, decimals)
 
 
 def _first_error(errors: list[ErrorDetails]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,15 +63,19 @@ class Ledger:
 
     Args:
         folder: the search's.
+
+    Attributes:
+        trials: in the order of their numbers.
+        events: as they stand in the file, in the order in which they happened.
     """
 
     def __init__(self, folder: Storage):
         self._folder = folder
         self.trials: list[Trial] = []
-        spent_s = 0.0
-        for event in self._read():
-            spent_s = event["time_s"]
-            self._apply(event)
+        self.events: list[dict[str, Any]] = []
+        for line in self._whole_lines().splitlines():
+            self._apply(json.loads(line))
+        spent_s = self.events[-1]["time_s"] if self.events else 0.0
         self._began = time.monotonic() - spent_s
 
     def running(self) -> list[Trial]:
@@ -92,25 +95,35 @@ class Ledger:
         self._note({"event": "proposed", "trial": len(self.trials), "params": params})
         return self.trials[-1]
 
-    def report(self, number: int, epoch: int, accuracies: Accuracies) -> None:
-        """Note accuracies in the course of a trial."""
-        self._note({"event": "report", "trial": number, "epoch": epoch, **accuracies.named()})
+    def report(self, number: int, epoch: int, accuracies: Accuracies, *, pruned: str = "") -> None:
+        """Note accuracies in the course of a trial and, with its reason, that they are its last.
+
+        Both or none: a trial that goes on after a kill must not have passed where it was pruned.
+        """
+        report = {"event": "report", "trial": number, "epoch": epoch, **accuracies.named()}
+        self._note(report, *([_end(number, PRUNED, None, pruned)] if pruned else []))
 
     def end(self, number: int, status: str, result: Accuracies | None = None, reason: str = "") -> None:
         """Note a trial's end."""
-        accuracies = result.named() if result else {}
-        self._note({"event": "ended", "trial": number, "status": status, "reason": reason, **accuracies})
+        self._note(_end(number, status, result, reason))
 
     def seconds(self) -> float:
         """Time of the search over all of its launches, in seconds; a killed one's ends with its last line."""
         return time.monotonic() - self._began
 
-    def _note(self, event: dict[str, Any]) -> None:
-        event["time_s"] = round(self.seconds(), 2)
-        self._folder.append(TRIALS, json.dumps(event).encode() + b"\n")
-        self._apply(event)
+    def _note(self, *events: dict[str, Any]) -> None:
+        timed = [event | {"time_s": round(self.seconds(), 2)} for event in events]
+        self._folder.append(TRIALS, b"".join(json.dumps(event).encode() + b"\n" for event in timed))
+        for event in timed:
+            self._apply(event)
+
+    def mend(self) -> None:
+        """Drop half a line, which a kill in mid-write leaves, lest the next one joins it; for who holds the lock."""
+        if (whole := self._whole_lines()) != self._folder.read_from(TRIALS, 0):
+            self._folder.write(TRIALS, whole)
 
     def _apply(self, event: dict[str, Any]) -> None:
+        self.events.append(event)
         match event["event"]:
             case "proposed":
                 self.trials.append(Trial(event["trial"], event["params"]))
@@ -118,17 +131,18 @@ class Ledger:
                 self.trials[event["trial"]].reports[event["epoch"]] = _accuracies(event)
             case "ended":
                 trial = self.trials[event["trial"]]
-                trial.status, trial.reason = event["status"], event["reason"]
+                # In this order: another thread may look at those that have a status.
                 trial.result = _accuracies(event) if "robust_accuracy" in event else None
+                trial.reason, trial.status = event["reason"], event["status"]
 
-    def _read(self) -> Iterator[dict[str, Any]]:
-        """The events; half a line, which a kill in mid-write leaves, goes, and the next one doesn't join it."""
+    def _whole_lines(self) -> bytes:
         content = self._folder.read_from(TRIALS, 0)
-        whole = content[: content.rfind(b"\n") + 1]
-        if whole != content:
-            self._folder.write(TRIALS, whole)
-        for line in whole.splitlines():
-            yield json.loads(line)
+        return content[: content.rfind(b"\n") + 1]
+
+
+def _end(number: int, status: str, result: Accuracies | None, reason: str) -> dict[str, Any]:
+    accuracies = result.named() if result else {}
+    return {"event": "ended", "trial": number, "status": status, "reason": " ".join(reason.split()), **accuracies}
 
 
 def _accuracies(event: dict[str, Any]) -> Accuracies:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -24,6 +25,8 @@ from arat_dist.search.ledger import FAILED, FINISHED, PRUNED, Trial
 
 ENOUGH_FOR_IMPORTANCE = 8
 """Finished trials."""
+
+logger = logging.getLogger(__name__)
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
@@ -79,7 +82,11 @@ def importance(config: SearchConfig, trials: Sequence[Trial]) -> dict[str, float
         return {}
     single = config.model_copy(update={"searcher": "tpe"})
     study = _study(single, finished, RandomSampler(config.seed))
-    shares = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=config.seed))
+    try:
+        shares = get_param_importances(study, evaluator=FanovaImportanceEvaluator(seed=config.seed))
+    except (ValueError, RuntimeError) as error:  # of values that are all alike, for example
+        logger.info("how much each key explains can't be said: %s", error)
+        return {}
     return {key: float(share) for key, share in shares.items()}
 
 
@@ -123,9 +130,10 @@ def _for_optuna(distribution: AnyDistribution) -> BaseDistribution:
             return IntDistribution(low, high - (high - low) % step, step=step)
         case LogUniform(low=low, high=high):
             return FloatDistribution(low, high, log=True)
-        case Uniform(low=low, high=high, step=step):
+        case Uniform(low=low, high=high):
+            # The number of a step: steps such as 1/255 don't add up to what Optuna takes for a multiple.
             values = distribution.grid()
-            return FloatDistribution(low, values[-1] if values else high, step=step)
+            return IntDistribution(0, len(values) - 1) if values else FloatDistribution(low, high)
 
 
 def _suggest(asked: optuna.Trial, key: str, distribution: BaseDistribution) -> Any:
@@ -134,16 +142,24 @@ def _suggest(asked: optuna.Trial, key: str, distribution: BaseDistribution) -> A
             return asked.suggest_categorical(key, choices)
         case IntDistribution(low=low, high=high, step=step):
             return asked.suggest_int(key, low, high, step=step)
-        case FloatDistribution(low=low, high=high, step=step, log=log):
-            return asked.suggest_float(key, low, high, step=step, log=log)
+        case FloatDistribution(low=low, high=high, log=log):
+            return asked.suggest_float(key, low, high, log=log)
     raise TypeError(distribution)
 
 
 def _label(distribution: AnyDistribution, value: Any) -> Any:
     """A value as Optuna has it."""
-    return json.dumps(value) if isinstance(distribution, Choice) else value
+    if isinstance(distribution, Choice):
+        return json.dumps(value)
+    if isinstance(distribution, Uniform) and distribution.step is not None:
+        return round((value - distribution.low) / distribution.step)
+    return value
 
 
 def _value(distribution: AnyDistribution, label: Any) -> Any:
     """A value as a recipe has it."""
-    return json.loads(label) if isinstance(distribution, Choice) else label
+    if isinstance(distribution, Choice):
+        return json.loads(label)
+    if isinstance(distribution, Uniform) and (values := distribution.grid()):
+        return values[label]
+    return label

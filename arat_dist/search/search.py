@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -12,9 +13,10 @@ from typing import Any
 import yaml
 
 from arat_dist.config import ClusterConfig, Recipe
+from arat_dist.data.manifest import load_manifest
 from arat_dist.errors import UserError
 from arat_dist.recipe import parse_recipe
-from arat_dist.run import RECIPE, Run, essence
+from arat_dist.run import DATA, RECIPE, SEARCH, Run, essence
 from arat_dist.search.config import SearchConfig, parse_search
 from arat_dist.search.front import best, pareto_front
 from arat_dist.search.ledger import FAILED, FINISHED, PRUNED, STATUSES, Accuracies, Ledger, Trial
@@ -22,7 +24,6 @@ from arat_dist.search.proposals import grid, importance, propose
 from arat_dist.storage import absolute_path
 from arat_dist.tracking import Child, SearchReplica, tracking_uri
 
-SEARCH = "search.yaml"
 BASE = "base.yaml"
 TRIALS = "trials"
 """Folder of the trials' runs."""
@@ -32,6 +33,7 @@ BEST = {"score": "best.yaml", "robust": "best_robust.yaml", "clean": "best_clean
 _FREE_KEYS = {"trials", "concurrency", "minutes"}
 """Of a search, what may differ between two launches."""
 _FREE_SECTIONS = ("cluster", "track")
+_MOST_COMBINATIONS = 100_000
 _NUM_DRAWS = 100
 """Combinations that are checked before anything starts, beside the ends of every distribution."""
 _ALIKE = ("eval.", "cluster.", "track.", "data.val", "train.epochs", "train.max_steps")
@@ -70,6 +72,12 @@ class Search:
         tree = home.model_dump(mode="json")
         tree["eval"]["every"] = 1
         search = cls(config, parse_recipe(tree), home, Run(recipe.cluster.storage, name))
+        if config.grace_epochs > home.train.epochs:
+            raise UserError(
+                f"{source}: grace_epochs: {config.grace_epochs}: at most train.epochs ({home.train.epochs})"
+            )
+        if config.searcher == "grid" and search.num_trials > _MOST_COMBINATIONS:
+            raise UserError(f"{source}: space: more than {_MOST_COMBINATIONS:,} combinations; trials would limit them")
         _check_space(search, source)
         return search
 
@@ -109,7 +117,8 @@ class Search:
             other = Search.at(uri)
             if other.config.space != self.config.space:
                 raise UserError(f"warm_start: {uri}: searched another space; one of the same space would be right")
-            if differing := _differing(other.base, self.base):
+            differing = _differing(other.base, self.base) + self._differing_data(other)
+            if differing:
                 raise UserError(
                     f"warm_start: {uri}: its trials were of another recipe (it differs in {', '.join(differing)}); "
                     "one of the same recipe would be right"
@@ -122,7 +131,16 @@ class Search:
         """How many there are to be."""
         if self.config.searcher != "grid":
             return self.config.trials or 0
-        return sum(1 for _ in islice(grid(self.config), self.config.trials))
+        return sum(1 for _ in islice(grid(self.config), self.config.trials or _MOST_COMBINATIONS + 1))
+
+    @cached_property
+    def data(self) -> dict[str, str]:
+        """SHA-256 of both sets, as far as they are at hand."""
+        found = {}
+        for key, path in (("train_sha256", self.base.data.train), ("val_sha256", self.base.data.val)):
+            with suppress(UserError):
+                found[key] = load_manifest(path).sha256
+        return found
 
     def check(self) -> None:
         """Refuse a name that is another search's or a run's (UserError)."""
@@ -134,7 +152,7 @@ class Search:
         before = Search.at(folder.uri)
         old, new = (each.config.model_dump(mode="json", exclude=_FREE_KEYS) for each in (before, self))
         differing = sorted(key for key in new if old[key] != new[key])
-        if differing := differing + _differing(before.base, self.base):
+        if differing := differing + _differing(before.base, self.base) + self._differing_data(before):
             raise UserError(
                 f"--name: {name}: the search of this name is another one (it differs in {', '.join(differing)}); "
                 "another name, or those settings, would be right"
@@ -144,10 +162,19 @@ class Search:
         """Begin it, or go on with it (UserError: its folder can't be written)."""
         folder = self.run.folder
         try:
+            self.ledger.mend()
+            self.run.forget_metrics_after(sys.maxsize)
+            folder.write_json(DATA, self.data)
             folder.write(SEARCH, yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False).encode())
             folder.write(BASE, self.base.to_yaml().encode())
         except OSError as error:
             raise UserError(f"cluster.storage: {self.run.storage.uri}: {error.strerror or error}") from error
+
+    def _differing_data(self, other: Search) -> list[str]:
+        """Which sets aren't those that another search of before was over."""
+        before = other.run.folder.read_json(DATA)
+        both = {"train_sha256": "data.train", "val_sha256": "data.val"}
+        return [name for key, name in both.items() if before.get(key, self.data.get(key)) != self.data.get(key)]
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -201,20 +228,27 @@ class Search:
             tags = {"arat.trial": str(trial.number), "arat.trial_status": trial.status or "running"}
             tags["arat.best"] = ", ".join(best_by.get(trial.number, ()))
             status = {FINISHED: "FINISHED", PRUNED: "KILLED", FAILED: "FAILED"}.get(trial.status)
-            children.append(Child(self.run_of(trial), tags, status))
+            params = {key: str(value) for key, value in trial.params.items()}
+            children.append(Child(self.run_of(trial), params, tags, status))
         return children
 
-    def log_end(self, trial: Trial) -> None:
-        """Add a line to metrics.jsonl about a trial that has ended: what MLflow shows of the whole search."""
-        ended = self.ledger.ended()
-        line: dict[str, Any] = {"step": len(ended), "time_s": round(self.ledger.seconds(), 2), "trial": trial.number}
+    def log_ends(self) -> None:
+        """Add a line to metrics.jsonl about each trial that has ended since: what MLflow shows of the whole search."""
+        told = {line["trial"] for line in self.run.metrics()}
+        for trial in self.ledger.ended():
+            if trial.number not in told:
+                told.add(trial.number)
+                self.run.log(self._line(trial, len(told)))
+
+    def _line(self, trial: Trial, step: int) -> dict[str, Any]:
+        line: dict[str, Any] = {"step": step, "time_s": round(self.ledger.seconds(), 2), "trial": trial.number}
         line |= {f"num_{status}": self.ledger.num(status) for status in STATUSES}
         if trial.last is not None:
             line |= _figures(trial.last, self.config)
-        finished = [self.config.score(each.result.clean, each.result.robust) for each in ended if each.result]
+        finished = [each.result for each in self.ledger.ended() if each.result]
         if finished:
-            line["best_score"] = max(finished)
-        self.run.log(line)
+            line["best_score"] = max(self.config.score(each.clean, each.robust) for each in finished)
+        return line
 
     def take_home(self) -> dict[str, Any]:
         """Write the best trials' recipes; returns the summary, without the time and what MLflow has.
@@ -287,13 +321,20 @@ def _measurable(recipe: Recipe, config: SearchConfig, source: str) -> Recipe:
 
 
 def _with_params(base: Recipe, params: dict[str, Any], source: str) -> Recipe:
-    return parse_recipe(base.model_dump(mode="json"), list(params.items()), source=source, quiet=True)
+    try:
+        return parse_recipe(base.model_dump(mode="json"), list(params.items()), source=source, quiet=True)
+    except UserError as error:  # about the key as it would stand on the command line
+        raise UserError(
+            f"{source}: {str(error).removeprefix('--')}" if str(error).startswith("--") else error
+        ) from error
 
 
 def _check_space(search: Search, source: str) -> None:
     """Refuse a space that the recipe's schema doesn't take (UserError)."""
     space = search.config.space
     for key, distribution in space.items():
+        if "." not in key:
+            raise UserError(f"{source}: space.{key}: a recipe key has a section, as in optim.lr")
         if key.startswith(_ALIKE):
             raise UserError(
                 f"{source}: space.{key}: all trials are of one length and measured alike; a key of data, model, "
@@ -327,5 +368,8 @@ def _shown(params: dict[str, Any]) -> str:
 
 def _differing(one: Recipe, other: Recipe) -> list[str]:
     """Dotted keys in which the trials of two searches differ."""
-    first, second = (essence(recipe, free_sections=_FREE_SECTIONS) for recipe in (one, other))
+    first, second = (
+        {**essence(recipe, free_sections=_FREE_SECTIONS), "train.max_steps": recipe.train.max_steps}
+        for recipe in (one, other)
+    )
     return sorted(key for key in {*first, *second} if first.get(key) != second.get(key))

@@ -184,6 +184,7 @@ def test_sigterm_stops_a_search_with_checkpoints_and_it_goes_on(digits, tmp_path
     command = [ARAT, "tune", "digits", "--search", str(file), *options(digits, tmp_path)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as driver:
         while not events(tmp_path / "small", "report"):
+            assert driver.poll() is None, driver.stderr and driver.stderr.read()
             time.sleep(0.1)
         driver.send_signal(signal.SIGTERM)
         _, said = driver.communicate(timeout=120)
@@ -259,7 +260,11 @@ def test_the_time_of_a_search_ends_it(digits, tmp_path):
             ["--workers", "99"],
             r"cluster.workers: 99: of 1 CPU each: this machine has \d+ CPU; at most \d+ would be right",
         ),
-        ({"concurrency": 99}, ["--workers", "1"], r"cluster.workers: 1: of 1 CPU each, and 99 trials at a time"),
+        (
+            {"concurrency": 99},
+            ["--workers", "1"],
+            "concurrency: 99: trials of 1 workers of 1 CPU each: this ",
+        ),
         ({}, ["--workers", "0"], "cluster.workers: 0: a search runs under Ray; 1 or more would be right"),
         ({}, ["--data.train", "nowhere.beton"], "nowhere.beton"),
         ({}, ["--name", "a/b"], "--name: 'a/b': a plain folder name would be right"),

@@ -41,6 +41,30 @@ def test_every_value_is_in_its_range(searcher):
         trials.append(Trial(number, params, status=FINISHED, result=Accuracies(0.5, abs(params["a.number"]))))
 
 
+@pytest.mark.parametrize("searcher", ["random", "tpe", "motpe", "grid"])
+@pytest.mark.parametrize(
+    ("low", "high", "step"), [("4/255", "12/255", "4/255"), (0, "8/255", "2/255"), (0.1, 0.75, 0.2)]
+)
+def test_steps_that_are_no_decimal_number_reach_their_end(searcher, low, high, step, recwarn):
+    space = {"a.b": {"type": "uniform", "low": low, "high": high, "step": step}}
+    config = parse_search({"space": space, "trials": 60, "searcher": searcher})
+    values = config.space["a.b"].grid()
+    assert values is not None
+    trials: list[Trial] = []
+    while (params := propose(config, trials, len(trials))) and len(trials) < 60:
+        trials.append(Trial(len(trials), params, status=FINISHED, result=Accuracies(0.5, params["a.b"])))
+    assert {trial.params["a.b"] for trial in trials} == set(values)
+    importance(config, trials * 3)
+    assert not recwarn.list
+
+
+def test_what_can_not_be_explained_ends_no_search():
+    """All that is common to the trials is equal, their scores are not."""
+    config = parse_search({"space": {"a.choice": {"type": "choice", "values": [1, 2]}}, "trials": 9})
+    trials = [Trial(n, {"a.choice": 1}, status=FINISHED, result=Accuracies(0.5, n / 10)) for n in range(9)]
+    assert importance(config, trials) == {}
+
+
 def test_random_values_are_spread_evenly():
     drawn = [propose(config_of(), (), number) or {} for number in range(600)]
     logs = np.histogram([math.log10(params["a.log"]) for params in drawn], bins=4, range=(-2, 2))[0]

@@ -61,6 +61,8 @@ def test_every_shipped_search_fits_the_recipe_of_its_own_command(name):
             "attack.step_size: 0.0470588: at most twice attack.eps (0.0313725) has a use",
         ),
         ("eval.eps: {type: uniform, low: 0.1, high: 0.2}", "space.eval.eps: all trials are of one length and"),
+        ("gamma: {type: int, low: 1, high: 3}", "space.gamma: a recipe key has a section, as in optim.lr"),
+        ("objective.gamma.x: {type: int, low: 1, high: 3}", "objective.gamma.x: gamma is not a section"),
         ("train.epochs: {type: int, low: 1, high: 3}", "space.train.epochs: all trials are of one length"),
         ("cluster.workers: {type: int, low: 1, high: 3}", "space.cluster.workers: all trials"),
     ],
@@ -101,6 +103,24 @@ def test_a_space_that_the_recipe_does_not_take_is_refused(line, message):
         (f"space: {{{SPACE}}}\nsearcher: grid", "space.objective.gamma: loguniform: searcher grid goes with"),
         (f"space: {{{SPACE}}}\ntrials: 3\nwarm_start: [a]", "warm_start: goes with searcher tpe or motpe, here random"),
         (
+            "space: {optim.name: {type: choice, values: [sgd]}, "
+            "optim.lr: {type: int, low: 1, high: 2, when: {optim.name: []}}}\ntrials: 3",
+            "space.optim.lr.when.optim.name: []: ",
+        ),
+        (
+            "space: {optim.weight_decay: {type: choice, values: [1e-5, 0.1]}, "
+            "optim.lr: {type: int, low: 1, high: 2, when: {optim.weight_decay: 0.00001}}}\ntrials: 3",
+            "space.optim.lr.when: optim.weight_decay: 1e-05: one of 1e-5, 0.1 would be right",
+        ),
+        (
+            "space: {optim.lr: {type: uniform, low: 0, high: 1, step: 0.0005}}\ntrials: 3",
+            "space.optim.lr: step 0.0005: more than 1000 values; a larger one would be right",
+        ),
+        (
+            "space: {optim.lr: {type: int, low: 1, high: 1000000000}}\nsearcher: grid",
+            "space.optim.lr: int: searcher grid goes with choice, int, and uniform with a step",
+        ),
+        (
             "space: {optim.lr: {type: int, low: 1, high: 2, when: {optim.name: sgd}}}\ntrials: 3",
             "space.optim.lr.when: optim.name: a key of the space that stands before optim.lr",
         ),
@@ -123,6 +143,14 @@ def test_a_file_that_is_not_there_names_those_that_ship():
 def test_a_search_without_an_attack_compares_nothing(key, attack):
     with pytest.raises(UserError, match=f"{key}: none: a search compares robust accuracies"):
         search_of(with_space(SPACE), **{key: attack})
+
+
+def test_what_no_recipe_alone_can_tell_is_refused():
+    with pytest.raises(UserError, match=r"s.yaml: grace_epochs: 9: at most train.epochs \(3\)"):
+        search_of(with_space(SPACE, epochs=3, grace_epochs=9))
+    space = "\n".join(f"{key}: {{type: int, low: 1, high: 900}}" for key in ("objective.gamma", "attack.steps"))
+    with pytest.raises(UserError, match=r"s.yaml: space: more than 100,000 combinations; trials would limit them"):
+        search_of(yaml.safe_dump({"space": yaml.safe_load(space), "searcher": "grid"}))
 
 
 def test_trials_are_measured_in_one_ball_whatever_they_train_against():

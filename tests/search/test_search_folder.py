@@ -43,6 +43,18 @@ def a_story(search: Search) -> None:
         ledger.end(trial.number, status, None, reason)
 
 
+def test_a_pruned_trials_last_report_and_its_end_are_written_at_once(tmp_path, monkeypatch):
+    search = search_at(tmp_path)
+    trial = search.next_trial()
+    assert trial is not None
+    written = []
+    monkeypatch.setattr(Storage, "append", lambda _, name, content: written.append(content))
+    search.ledger.report(trial.number, 1, Accuracies(0.5, 0.25))
+    search.ledger.report(trial.number, 2, Accuracies(0.5, 0.25), pruned="after epoch 2,\n by asha")
+    assert [content.count(b"\n") for content in written] == [1, 2]
+    assert (trial.status, trial.reason, sorted(trial.reports)) == (PRUNED, "after epoch 2, by asha", [1, 2])
+
+
 def test_a_ledger_read_again_is_the_same_whatever_was_half_written(tmp_path):
     search = search_at(tmp_path)
     a_story(search)
@@ -53,6 +65,8 @@ def test_a_ledger_read_again_is_the_same_whatever_was_half_written(tmp_path):
         file.write_bytes(content[:cut])
         again = Ledger(Storage(tmp_path / "s"))
         num_whole = content[:cut].count(b"\n")
+        assert file.read_bytes() == content[:cut], "who reads changes nothing"
+        again.mend()
         assert file.read_bytes() == b"".join(lines[:num_whole])
         assert len(again.trials) == sum(b'"proposed"' in line for line in lines[:num_whole])
         assert len(again.ended()) == sum(b'"ended"' in line for line in lines[:num_whole])
@@ -163,12 +177,13 @@ def test_more_trials_or_more_time_make_a_finished_search_go_on(tmp_path):
 def test_the_line_of_a_trial_has_what_mlflow_shows(tmp_path):
     search = search_at(tmp_path)
     a_story(search)
-    search.log_end(search.ledger.trials[1])
-    search.log_end(search.ledger.trials[5])
-    first, second = search.run.metrics()
-    assert first == first | {"step": 6, "trial": 1, "clean_accuracy": 0.8, "robust_accuracy": 0.5, "best_score": 0.65}
-    assert second["trial"] == 5
-    assert second["clean_accuracy"] == 0.2, "its last report"
+    search.log_ends()
+    search.log_ends()
+    lines = search.run.metrics()
+    assert [(line["step"], line["trial"]) for line in lines] == [(n + 1, n) for n in range(6)], "each once"
+    told = {"clean_accuracy": 0.8, "robust_accuracy": 0.5, "score": 0.65, "best_score": 0.65, "num_pruned": 1}
+    assert lines[1] == lines[1] | told
+    assert lines[5]["clean_accuracy"] == 0.2, "its last report"
     children = search.mlflow_children()
     assert [child.status for child in children] == ["FINISHED"] * 4 + ["KILLED", "FAILED"]
     assert [child.tags["arat.best"] for child in children] == ["clean", "score", "", "robust", "", ""]
