@@ -126,10 +126,10 @@ def train(args: argparse.Namespace) -> dict[str, Any] | None:
 
 def tune(args: argparse.Namespace) -> dict[str, Any]:
     """`arat tune`."""
+    search = _search(args)
     from launcher.search_progress import search_tables
     from launcher.tune import tune as run_search
 
-    search = _search(args)
     summary = run_search(search)
     _print_unless_json(args, *search_tables(summary), f"recipes of the best and all trials: {search.run.folder.uri}")
     return summary
@@ -138,13 +138,14 @@ def tune(args: argparse.Namespace) -> dict[str, Any]:
 def _search(args: argparse.Namespace) -> Search:
     """The search that `arat tune` and the submission of one are about."""
     from arat_dist.search.config import parse_search, read_search
-    from arat_dist.search.search import Search
 
     config = read_search(args.search)
     if args.trials is not None:
         config = parse_search(config.model_dump(mode="json") | {"trials": args.trials})
     recipe = load_recipe(args.recipe, args.overrides + _shorthands(args))
     name = Path(args.search).stem if args.name is None else args.name
+    from arat_dist.search.search import Search
+
     return Search.of(config, recipe, name, source=args.search)
 
 

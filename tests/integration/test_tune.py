@@ -26,7 +26,7 @@ def search_file(folder: Path, **changes: object) -> Path:
             "optim.lr": {"type": "choice", "values": [0.2, 0.1, 0.0001, 0.05]},
             "objective.gamma": {"type": "loguniform", "low": 1, "high": 100},
         },
-        "trials": 4,
+        "trials": 3,
         "concurrency": 1,
         "epochs": EPOCHS,
         "searcher": "tpe",
@@ -53,9 +53,9 @@ def tune(digits: Path, storage: Path, *arguments: str, file: Path, **changes: st
         "digits",
         "--search",
         str(file),
-        *arguments,
         "--json",
         *options(digits, storage, **changes),
+        *arguments,
     ]
     return subprocess.run(command, capture_output=True, text=True, timeout=400)
 
@@ -78,7 +78,7 @@ def test_a_search_ends_with_its_front_and_leaves_nothing_behind(whole):
     folder, summary, said = whole
     assert wait_until_gone(20) == {}
     assert summary["name"] == "small"
-    assert sum(summary["trials"].values()) == 4
+    assert sum(summary["trials"].values()) == 3
     assert summary["trials"]["failed"] == 0
     assert summary["trials"]["pruned"] >= 1
     search = Search.at(str(folder))
@@ -112,7 +112,7 @@ def test_mlflow_has_the_search_above_its_trials(whole):
     client = MlflowClient(summary["mlflow_tracking_uri"])
     parent = client.get_run(summary["mlflow_run_id"])
     assert (parent.info.status, parent.info.run_name) == ("FINISHED", "small")
-    assert parent.data.params["search.trials"] == "4"
+    assert parent.data.params["search.trials"] == "3"
     assert parent.data.metrics["num_pruned"] == summary["trials"]["pruned"]
     children = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'")
     by_number = {int(child.data.tags["arat.trial"]): child for child in children}
@@ -243,7 +243,7 @@ def test_a_trial_that_fails_costs_no_other(digits, tmp_path):
 
 
 def test_the_time_of_a_search_ends_it(digits, tmp_path):
-    file = search_file(tmp_path, minutes=0.5, epochs=200, scheduler="none")
+    file = search_file(tmp_path, minutes=0.3, epochs=200, scheduler="none")
     done = tune(digits, tmp_path, file=file)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout)
@@ -257,8 +257,8 @@ def test_the_time_of_a_search_ends_it(digits, tmp_path):
     [
         (
             {},
-            ["--workers", "99"],
-            r"cluster.workers: 99: of 1 CPU each: this machine has \d+ CPU; at most \d+ would be right",
+            ["--workers", "15"],
+            r"cluster.workers: 15: of 1 CPU each: this machine has \d+ CPU; at most \d+ would be right",
         ),
         (
             {"concurrency": 99},
