@@ -257,8 +257,8 @@ def test_the_time_of_a_search_ends_it(digits, tmp_path):
     [
         (
             {},
-            ["--workers", "15"],
-            r"cluster.workers: 15: of 1 CPU each: this machine has \d+ CPU; at most \d+ would be right",
+            ["--cluster.cpus_per_worker", "999"],
+            r"cluster.workers: 1: of 999 CPU each: this machine has \d+ CPU; at most 0 would be right",
         ),
         (
             {"concurrency": 99},
