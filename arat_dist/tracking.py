@@ -6,7 +6,6 @@ The file is the truth and is written by the run itself. What MLflow lacks of it 
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 import time
@@ -28,6 +27,7 @@ for _name, _value in {
     "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",  # the tables of a new database are no news
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }.items():
     os.environ.setdefault(_name, _value)
@@ -145,7 +145,6 @@ class Replica:
         from mlflow.entities import Param
         from mlflow.tracking import MlflowClient  # seconds of import, in the mirror's thread
 
-        logging.getLogger("mlflow").setLevel(logging.ERROR)  # the tables of a new database are no news
         self._client = self._client or MlflowClient(self.uri)
         found = self._find_or_create()
         run_id = found.info.run_id
@@ -345,7 +344,6 @@ def log_report(run: Run, files: Sequence[Path]) -> None:
         _check_database(uri)
         from mlflow.tracking import MlflowClient
 
-        logging.getLogger("mlflow").setLevel(logging.ERROR)
         client = MlflowClient(uri)
         for file in files:
             client.log_artifact(notes["run_id"], str(file), "report")

@@ -155,7 +155,8 @@ def front_plot(points: TrialPoints) -> Figure:
     axes.plot(*points.front.T, "o-", color=ink, markersize=7, linewidth=1.2, zorder=4)
     for at, name in zip(points.front, points.names, strict=True):
         axes.annotate(name, at, (5, 5), textcoords="offset points", color=ink, fontweight="bold", zorder=5)
-    every = np.concatenate([points.front, points.beaten, points.pruned])
+    # Trials that were pruned early lie far off: those that finished set the scale.
+    every = np.concatenate([points.front, points.beaten]) if len(points.front) else points.pruned
     if len(every):
         axes.set_xlim(*_room([float(value) for value in every[:, 0]]))
         axes.set_ylim(*_room([float(value) for value in every[:, 1]]))

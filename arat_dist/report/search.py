@@ -51,8 +51,8 @@ def search_plots(searches: Sequence[Search]) -> list[Plot]:
                 f"Trials, {_title(search)}",
                 f"{len(points.front)} of {len(search.ledger.trials)} trials are beaten by no other in both accuracies.",
                 lambda points=points: front_plot(points),
-                caption="Joined: trials that no other beats in both. Hollow: beaten. Crosses: pruned, by their last "
-                f"report ({attack_name(search.base.eval.every_attack)} in the course of training).",
+                caption="Joined: trials that no other beats in both. Hollow: beaten. Crosses: pruned ones that come "
+                f"near, by their last report ({attack_name(search.base.eval.every_attack)} in the course of training).",
             )
         )
     return plots
