@@ -38,7 +38,7 @@ def test_it_finds_its_recipes_when_installed(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path / "site")
     script = (
-        "from arat_dist.recipe import *; print(shipped_recipes()); load_recipe(next(shipped_recipes().glob('*')).stem)"
+        "from arat_dist.recipe import *; print(shipped_recipes()); load_recipe(next(shipped_recipes().glob('*.yaml')).stem)"
     )
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
     done = subprocess.run(
