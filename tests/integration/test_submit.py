@@ -63,6 +63,16 @@ def submit(address: str, *arguments: str, token: str | None = TOKEN) -> subproce
     )
 
 
+def held(address: str, what: str, but: str) -> list[dict[str, Any]]:
+    """What a cluster still has of something, those in one state aside."""
+    command = [str(Path(ARAT).with_name("ray")), "list", what, "--address", address, "--format", "json"]
+    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+    done = subprocess.run(
+        [*command, "--filter", f"state!={but}"], env=environment, capture_output=True, text=True, check=True
+    )
+    return json.loads(done.stdout)
+
+
 @pytest.fixture
 def recipe(digits, tmp_path, monkeypatch) -> Path:
     """A recipe file on this machine alone, based on one that ships with the package."""
@@ -164,6 +174,12 @@ def test_a_search_is_sent_to_a_cluster_and_its_front_comes_back(cluster, recipe)
     assert summary["name"] == "two"
     assert summary["trials"] == {"finished": 2, "pruned": 0, "failed": 0}
     assert json.loads((recipe.parent / "runs/two/summary.json").read_text()) == summary
+
+    # The cluster goes on, and has all of its room again.
+    deadline = time.monotonic() + 60
+    while left := [*held(cluster, "placement-groups", "REMOVED"), *held(cluster, "actors", "DEAD")]:
+        assert time.monotonic() < deadline, left
+        time.sleep(1)
 
     refused = submit(cluster, "--", *search, "--name", "large", "--workers", "9")
     assert refused.returncode == 2

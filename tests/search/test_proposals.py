@@ -123,6 +123,25 @@ def test_what_explains_the_score_is_said_to():
     assert importance(config, trials) == {}, "all alike"
 
 
+def test_the_front_of_a_search_for_both_accuracies_is_the_one_that_optuna_finds():
+    """What a proposal comes to trades clean for robust accuracy, so that the front has several trials."""
+    import optuna
+
+    config = config_of("motpe")
+    trials: list[Trial] = []
+    study = optuna.create_study(directions=["maximize", "maximize"])
+    for number in range(40):
+        params = propose(config, trials, number) or {}
+        share, waste = (params["a.number"] + 1) / 2, abs(math.log10(params["a.log"])) / 4
+        result = Accuracies(round(share * (1 - waste), 2), round((1 - share) * (1 - waste), 2))
+        trials.append(Trial(number, params, status=FINISHED, result=result))
+        study.add_trial(optuna.trial.create_trial(values=[result.clean, result.robust]))
+    front = pareto_front(trials)
+    found = {(trial.result.clean, trial.result.robust) for trial in front if trial.result}
+    assert found == {tuple(trial.values) for trial in study.best_trials}
+    assert len(front) == len(found) > 3
+
+
 accuracy = st.integers(0, 6).map(lambda n: n / 6)
 
 
