@@ -242,6 +242,22 @@ def test_a_trial_that_fails_costs_no_other(digits, tmp_path):
     assert "\n" not in failed["reason"]
 
 
+def test_trials_side_by_side_share_the_machine_and_mlflows_database(digits, tmp_path):
+    if (os.cpu_count() or 1) < 2:
+        pytest.skip("two trials want a CPU each")
+    file = search_file(tmp_path, concurrency=2, scheduler="median", trials=3, searcher="random")
+    done = tune(digits, tmp_path, file=file, **{"track.mlflow": "true"})
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["trials"]["failed"] == 0
+    order = [(event["event"], event["trial"]) for event in events(tmp_path / "small")]
+    first_end = min(at for at, (what, _) in enumerate(order) if what == "ended")
+    assert [what for what, _ in order[:2]] == ["proposed", "proposed"]
+    assert {trial for what, trial in order[:first_end] if what == "report"} == {0, 1}, "both were at work"
+    for trial in range(3):
+        notes = json.loads((tmp_path / f"small/trials/{trial:04d}/mlflow.json").read_text())
+        assert notes["tracking_uri"] == f"sqlite:///{tmp_path}/mlflow.db"
+
+
 def test_the_time_of_a_search_ends_it(digits, tmp_path):
     file = search_file(tmp_path, minutes=0.3, epochs=200, scheduler="none")
     done = tune(digits, tmp_path, file=file)
