@@ -10,6 +10,7 @@ import shlex
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -32,6 +33,8 @@ SEARCH = "search.yaml"
 
 _CONNECT_S = 10.0
 _RETRY_S = 5.0
+_AGENT_S = 60.0
+"""How long a cluster may take from its dashboard's first answer until it takes jobs."""
 _NUM_RETRIES = 60
 
 
@@ -156,7 +159,15 @@ class Jobs:
                 (Path(folder) / name).write_text(text)
             if command.files:
                 environment["working_dir"] = folder
-            return self._client.submit_job(entrypoint=command.entrypoint, runtime_env=environment)
+            deadline = time.monotonic() + _AGENT_S
+            while True:
+                try:
+                    return self._client.submit_job(entrypoint=command.entrypoint, runtime_env=environment)
+                except RuntimeError as error:
+                    # A cluster that has just started: its dashboard answers before it can take a job.
+                    if "No available agent" not in str(error) or time.monotonic() > deadline:
+                        raise
+                time.sleep(_RETRY_S)
 
     def follow(self, job: str) -> dict[str, Any]:
         """Write a job's log to stderr until it ends; returns the JSON object that it printed last, if any.

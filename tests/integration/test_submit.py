@@ -15,8 +15,9 @@ import pytest
 import yaml
 from small import ARAT, tiny_overrides
 
+from arat_dist.errors import UserError
 from launcher.cli import main
-from launcher.submit import Jobs
+from launcher.submit import JobCommand, Jobs
 
 CLUSTER = """
 import sys, ray
@@ -237,6 +238,24 @@ def test_a_job_is_followed_through_every_kind_of_lost_connection(monkeypatch, ca
     assert jobs.follow("job") == {}
     assert capsys.readouterr().err == "one\ntwo\n"
     assert (losses, states) == ([], [])
+
+
+def test_a_cluster_that_has_just_started_is_asked_again(monkeypatch):
+    answers: list[Any] = [RuntimeError("500: No available agent to submit job"), "raysubmit_1", RuntimeError("500: no")]
+
+    class Client:
+        def submit_job(self, **_: Any) -> str:
+            if isinstance(answer := answers.pop(0), Exception):
+                raise answer
+            return answer
+
+    monkeypatch.setattr("launcher.submit._RETRY_S", 0)
+    jobs: Any = Jobs.__new__(Jobs)
+    jobs._client, jobs._address = Client(), "http://here"
+    assert jobs.start(JobCommand(["train", "x"])) == "raysubmit_1"
+    with pytest.raises(UserError, match="--address: http://here: 500: no; a Ray dashboard would be right"):
+        jobs.start(JobCommand(["train", "x"]))
+    assert answers == []
 
 
 # Refused before anything is sent -------------------------------------------------------------------------------------
