@@ -36,6 +36,8 @@ STACKS = "stacks"
 _TICK_S = 0.25
 _DUMP_AT = 0.9
 """Share of the limit after which stacks are dumped: ranks that hang together have all done so when one is killed."""
+_DUMP_STOPPED_AT = 0.95
+"""The same of a rank that is stopped, which goes on for it. Those that wait for it may then go on too, so they first."""
 _DUMP_S = 5.0
 _WRITE_S = 15.0
 _KILL_S = 5.0
@@ -149,9 +151,13 @@ class _Watcher:
                     self._dump(silent_s)
                 self._kill(limit_s)
                 return
-            if silent_s >= _DUMP_AT * limit_s and not dumped:
+            if dumped or silent_s < _DUMP_AT * limit_s:
+                continue
+            is_stopped = self._state() == _STATES["T"]
+            if not is_stopped or silent_s >= _DUMP_STOPPED_AT * limit_s:
                 dumped = True
-                if self._dump(silent_s) == _STATES["T"]:
+                self._dump(silent_s)
+                if is_stopped:
                     # It had to go on for a moment: a sign of life that it gave then is none.
                     beats = self._shared[_BEATS]
 
@@ -166,12 +172,8 @@ class _Watcher:
             return "gone"
         return _STATES.get(letter, f"in state {letter}")
 
-    def _dump(self, silent_s: float) -> str:
-        """Have the rank write its stacks, and pass them on; a stopped rank goes on for no longer than that takes.
-
-        Returns:
-            What it was doing.
-        """
+    def _dump(self, silent_s: float) -> None:
+        """Have the rank write its stacks, and pass them on; a stopped rank goes on for no longer than that takes."""
         state, begin = self._state(), os.fstat(self._stacks_fd).st_size
         self._send(DUMP_SIGNAL)
         self._send(signal.SIGCONT)
@@ -186,7 +188,6 @@ class _Watcher:
         text = f"{self._name}: no sign of life for {silent_s:.0f} s; process {self._pid} is {state}:\n{stacks}"
         _within(_SAY_S, _say, text)
         _within(_WRITE_S, self._write, text)
-        return state
 
     def _write(self, text: str) -> None:
         """Write the stacks into the run's folder, wherever that is."""

@@ -214,10 +214,9 @@ class Script(_Watcher):
     def _state(self) -> str:
         return self.does
 
-    def _dump(self, silent_s: float) -> str:
+    def _dump(self, silent_s: float) -> None:
         self.done.append(("dump", silent_s))
         self._shared[_BEATS] += self.beats_when_it_goes_on
-        return self._state()
 
     def _kill(self, limit_s: float) -> None:
         self.done.append(("kill", limit_s))
@@ -235,12 +234,13 @@ def test_who_hangs_again_has_its_stacks_dumped_again(monkeypatch):
     assert done == [("dump", 3.75), ("dump", 3.75), ("kill", 4.0)]
 
 
-@pytest.mark.parametrize(("does", "done"), [("stopped by a signal", ["dump", "kill"]), ("sleeping", ["dump"])])
-def test_a_stopped_rank_that_goes_on_for_its_stacks_alone_gives_no_sign_of_life(monkeypatch, does, done):
-    monkeypatch.setattr(Script, "does", does)
+def test_a_stopped_rank_that_goes_on_for_its_stacks_alone_gives_no_sign_of_life(monkeypatch):
+    """And those that wait for it have had their stacks dumped before, for they may go on with it."""
+    looks = [(_TICK_S, True), *[(_TICK_S, False)] * 33]
     monkeypatch.setattr(Script, "beats_when_it_goes_on", 1)
-    script = Script(4, [(_TICK_S, True), *[(_TICK_S, False)] * 17], monkeypatch)
-    assert [what for what, _ in script.done] == done
+    assert Script(8, looks, monkeypatch).done == [("dump", 7.25)]
+    monkeypatch.setattr(Script, "does", "stopped by a signal")
+    assert Script(8, looks, monkeypatch).done == [("dump", 7.75), ("kill", 8)]
 
 
 def test_who_watches_goes_when_its_rank_is_killed(tmp_path):
