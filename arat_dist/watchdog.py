@@ -37,7 +37,7 @@ _TICK_S = 0.25
 _DUMP_AT = 0.9
 """Share of the limit after which stacks are dumped: ranks that hang together have all done so when one is killed."""
 _DUMP_STOPPED_AT = 0.95
-"""The same of a rank that is stopped, which goes on for it. Those that wait for it may then go on too, so they first."""
+"""The same of a stopped rank, which goes on for it. Those that wait for it may then go on too, so they come first."""
 _DUMP_S = 5.0
 _WRITE_S = 15.0
 _KILL_S = 5.0
