@@ -18,7 +18,6 @@ from ray._private.state import state  # Ray Train's own watcher asks the same
 from ray.experimental import internal_kv
 from ray.train import WorkerGroupError
 from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.controller.state import ResizingState
 from ray.train.v2._internal.execution.failure_handling import DefaultFailurePolicy, FailureDecision
@@ -89,9 +88,7 @@ class Trainer(TorchTrainer):
         policy = FixedSize if isinstance(self._cluster.workers, int) else ElasticSize
         parts["scaling_policy"] = policy(self.scaling_config, self._cluster, self._stop)
         parts["failure_policy"] = Failures(cast("Any", self.run_config.failure_config))
-        # Ray's data sets, which nothing here uses, would cost a process and seconds of imports each time workers start.
-        others = [each for each in parts["callbacks"] if not isinstance(each, DatasetsCallback)]
-        parts["callbacks"] = [*others, Stopper(self._cluster, self._stop, self._ask_to_stop)]
+        parts["callbacks"] = [*parts["callbacks"], Stopper(self._cluster, self._stop, self._ask_to_stop)]
         return super()._initialize_and_run_controller(**parts)
 
 

@@ -22,7 +22,6 @@ PARTS = (
     "ray.train.torch:TorchTrainer._initialize_and_run_controller",
     "ray.train.torch.config:_TorchBackend.on_start",
     "ray.train.torch.config:_set_torch_distributed_env_vars",
-    "ray.train.v2._internal.callbacks.datasets:DatasetsCallback",
     "ray.train.v2._internal.constants:ENV_VARS_TO_PROPAGATE",
     "ray.train.v2._internal.execution.callback:ControllerCallback.after_controller_state_update",
     "ray.train.v2._internal.execution.callback:WorkerGroupCallback.after_worker_group_start",
