@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
-from arat_dist.search.ledger import Accuracies, Trial
+from arat_dist.search.ledger import Accuracies, Trial, shown_params
 from arat_dist.search.search import Search
 from launcher.progress import console
 
@@ -98,12 +98,6 @@ def search_tables(summary: dict[str, Any]) -> list[Table]:
     for key, share in summary["importance"].items():
         shares.add_row(key, f"{share:.0%}")
     return [table, shares]
-
-
-def shown_params(params: dict[str, Any]) -> str:
-    """A trial's values in one line."""
-    shown = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in params.values())
-    return ", ".join(f"{key} {value}" for key, value in zip(params, shown, strict=True))
 
 
 def _shown(accuracies: Accuracies) -> str:

@@ -30,7 +30,7 @@ def tune(search: Search) -> dict[str, Any]:
     """
     search.check()
     check_recipe(search.base)
-    with search.locked():
+    with search.run.locked():
         if (summary := search.run.summary()) and search.is_over():
             console.print(f"{search.run.name}: finished already; another --name would search again", highlight=False)
             return summary

@@ -58,6 +58,12 @@ class Trial:
         return self.result or (self.reports[max(self.reports)] if self.reports else None)
 
 
+def shown_params(params: dict[str, Any]) -> str:
+    """A trial's values in one line."""
+    shown = (f"{value:.4g}" if isinstance(value, float) else str(value) for value in params.values())
+    return ", ".join(f"{key} {value}" for key, value in zip(params, shown, strict=True))
+
+
 class Ledger:
     """The trials of one search, and their file.
 

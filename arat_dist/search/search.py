@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -19,7 +18,7 @@ from arat_dist.recipe import parse_recipe
 from arat_dist.run import DATA, RECIPE, SEARCH, Run, essence
 from arat_dist.search.config import SearchConfig, parse_search
 from arat_dist.search.front import best, pareto_front
-from arat_dist.search.ledger import FAILED, FINISHED, PRUNED, STATUSES, Accuracies, Ledger, Trial
+from arat_dist.search.ledger import FAILED, FINISHED, PRUNED, STATUSES, Accuracies, Ledger, Trial, shown_params
 from arat_dist.search.proposals import grid, importance, propose
 from arat_dist.storage import absolute_path
 from arat_dist.tracking import Child, SearchReplica, tracking_uri
@@ -102,7 +101,7 @@ class Search:
 
     @cached_property
     def ledger(self) -> Ledger:
-        """Its trials; read once, so inside `locked`."""
+        """Its trials; read once, so by who changes them inside `run.locked`."""
         return Ledger(self.run.folder)
 
     @cached_property
@@ -175,12 +174,6 @@ class Search:
         before = other.run.folder.read_json(DATA)
         both = {"train_sha256": "data.train", "val_sha256": "data.val"}
         return [name for key, name in both.items() if before.get(key, self.data.get(key)) != self.data.get(key)]
-
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keep the search to this process inside the context (UserError: another one has it)."""
-        with self.run.locked():
-            yield
 
     def is_over(self) -> bool:
         """Whether no trial is at work, and none is to come: by their number, the grid, or the time."""
@@ -349,7 +342,7 @@ def _check_space(search: Search, source: str) -> None:
         params = propose(random, (), number)
         if params is None:
             return
-        _with_params(search.base, params, f"{source}: space: {_shown(params)}")
+        _with_params(search.base, params, f"{source}: space: {shown_params(params)}")
 
 
 def _needed_for(key: str, config: SearchConfig) -> dict[str, Any]:
@@ -358,12 +351,6 @@ def _needed_for(key: str, config: SearchConfig) -> dict[str, Any]:
     for other, values in config.space[key].when.items():
         needed |= {**_needed_for(other, config), other: values[0]}
     return needed
-
-
-def _shown(params: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in params.items()
-    )
 
 
 def _differing(one: Recipe, other: Recipe) -> list[str]:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from arat_dist.errors import UserError
 from arat_dist.recipe import parse_recipe
 from arat_dist.run import RECIPE
 from arat_dist.search.search import Search
@@ -31,8 +30,8 @@ def sync_search(search: Search, overrides: Sequence[tuple[str, Any]]) -> dict[st
     search = replace(search, base=base)
 
     def replicate(*_: object) -> Replica:
-        if (replica := search.replica()) is None:
-            raise UserError("track.mlflow: false: the search has no mirror; --track.mlflow true would be right")
+        replica = search.replica()
+        assert replica is not None  # `sync` has refused a search that wants none
         return replica
 
     sent = 0

@@ -140,7 +140,11 @@ def test_a_name_belongs_to_one_search(tmp_path):
     run.open(load_recipe("digits"), "0")
     with pytest.raises(UserError, match="--name: r: a run has this name"):
         search_at(tmp_path, name="r").check()
-    with search.locked(), pytest.raises(TakenError, match="--name: s: another process"), search_at(tmp_path).locked():
+    with (
+        search.run.locked(),
+        pytest.raises(TakenError, match="--name: s: another process"),
+        search_at(tmp_path).run.locked(),
+    ):
         pass
 
 
