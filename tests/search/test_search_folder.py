@@ -132,10 +132,13 @@ def test_a_name_belongs_to_one_search(tmp_path):
         (TEXT.replace("high: 100", "high: 50"), {}, r"differs in space\)"),
         (TEXT, {"train.seed": "1"}, r"differs in train.seed\)"),
         (TEXT, {"eval.attack": "pgd10"}, r"differs in eval.attack\)"),
+        (TEXT, {"train.max_steps": "7"}, r"differs in train.max_steps\)"),
         (TEXT.replace("epochs: 3", "epochs: 4"), {}, r"differs in epochs, train.epochs\)"),
     ):
         with pytest.raises(UserError, match=f"--name: s: the search of this name is another one .it {message}"):
             search_at(tmp_path, text, **changes).check()
+    with pytest.raises(UserError, match="--name: s: a search has this name; another name would be right"):
+        Run(str(tmp_path), "s").check(load_recipe("digits"))
     run = Run(str(tmp_path), "r")
     run.open(load_recipe("digits"), "0")
     with pytest.raises(UserError, match="--name: r: a run has this name"):
@@ -200,3 +203,13 @@ def test_the_file_of_a_search_is_one_that_it_can_begin_with(tmp_path):
     found = Search.at(str(tmp_path / "s"))
     assert (found.config, found.base) == (search.config, search.base)
     assert parse(yaml.safe_dump(yaml.safe_load((tmp_path / "s/search.yaml").read_text()))) == search.config
+
+
+def test_a_search_goes_on_with_the_pictures_that_it_began_with(tmp_path, sets):
+    def over(train: str) -> Search:
+        return search_at(tmp_path, **{"data.train": train, "data.val": sets.val})
+
+    over(sets.train).open()
+    over(sets.train).check()
+    with pytest.raises(UserError, match=r"another one .it differs in data.train\)"):
+        over(sets.val).check()
