@@ -1,6 +1,6 @@
 # Every target prepares .venv first; when it is ready that takes a moment and needs no network.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint types check lock
+.PHONY: help setup demo test test-oldest gpu-small test-slow lint types check lock
 BIN := .venv/bin
 
 help: ## list the targets
@@ -16,6 +16,15 @@ demo: setup ## train, evaluate and export a small robust net on the CPU
 test: setup ## run all tests but the slow ones
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests --ignore tests/integration --ignore tests/slow
 	$(BIN)/python -m pytest tests/integration
+
+test-oldest: setup ## the unit tests with the oldest torch that is supported, without Ray, FFCV, MLflow and DeepSpeed
+	@sh .ci/oldest.sh
+	PYTHONPATH=. .venv-oldest/bin/python -m pytest -n 2 --dist loadfile tests \
+	    --ignore tests/integration --ignore tests/slow --ignore tests/report
+	PYTHONPATH=. .venv-oldest/bin/python benchmarks/gpu.py --device cpu --small --out $$(mktemp -d)
+
+gpu-small: setup ## what benchmarks/gpu.py does on a GPU, in small on the CPU
+	$(BIN)/python benchmarks/gpu.py --device cpu --small --out $$(mktemp -d)
 
 # Two runs, since each has its own Ray; the lines of both come last.
 test-slow: setup ## every failure done for real, one line each at the end; root, a quarter of an hour

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from enum import IntEnum
 from typing import Any
 
@@ -31,9 +32,10 @@ class Agreement:
     Args:
         rank: this process.
         save_minutes: time between two checkpoints by the first rank's clock; None: none are due by the clock.
+        timeout_s: longest time that a rank waits for the others, in seconds; the process group's own.
     """
 
-    def __init__(self, rank: Rank, save_minutes: float | None):
+    def __init__(self, rank: Rank, save_minutes: float | None, timeout_s: float = 1800.0):
         self._rank = rank
         self._save_s = None if save_minutes is None else 60 * save_minutes
         self._last_save_s = time.monotonic()
@@ -42,7 +44,8 @@ class Agreement:
         self._work: dist.Work | None = None
         # Host memory, whatever the ranks train on: a stream of a GPU would have to be waited for.
         needs_group = rank.world_size > 1 and rank.device.type != "cpu"
-        self._group: Any = dist.new_group(backend="gloo") if needs_group else None
+        timeout = timedelta(seconds=timeout_s)
+        self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if needs_group else None
 
     def exchange(self) -> Wish:
         """Called by every rank at every step; what all agreed on."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from arat_dist.balls import BALLS, Ball, LinfBall, normal
 from arat_dist.climb import Climb, MomentumClimb, Point, SparseClimb
+from arat_dist.fusion import fusible
 
 Loss = Callable[[Tensor], Tensor]
 """From pictures [B,3,H,W] to the loss of each, [B], that the attack climbs."""
@@ -187,6 +188,7 @@ def look_at(loss: Loss, pictures: Tensor, *, last: bool = False) -> Point:
         return Point(pictures, loss(pictures), torch.zeros_like(pictures))
 
 
+@fusible
 def uniform_noise(keys: Tensor, like: Tensor, seed: int) -> Tensor:
     """Uniform numbers in [0,1), a function of (seed, key, position) alone: the same on every device and rank.
 

@@ -62,9 +62,11 @@ class Average:
         torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage] - one kernel for hundreds of tensors
             [mean for mean, _ in moving], [now for _, now in moving], share
         )
-        for mean, now in pairs:
-            if not mean.is_floating_point():
-                mean.copy_(now)
+        counters = [(mean, now) for mean, now in pairs if not mean.is_floating_point()]
+        if counters:
+            torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
+                [mean for mean, _ in counters], [now for _, now in counters]
+            )
         self._count = self.count(done)
 
     def resume(self, state: Mapping[str, Tensor] | None, done: int) -> None:

@@ -12,6 +12,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from arat_dist.fusion import fusible
+
 _PIXELS = (1, 2, 3)
 
 
@@ -40,11 +42,11 @@ class LinfBall:
 
     def start(self, uniform: Tensor) -> Tensor:
         """See `Ball`: each pixel anywhere in its interval."""
-        return self.project(self._pixels + uniform.mul(2).sub_(1).mul_(self._eps))
+        return _linf_start(uniform, self._pixels, self._low, self._high, self._eps)
 
     def ascend(self, adversarial: Tensor, gradient: Tensor, step_size: float | Tensor) -> Tensor:
         """See `Ball`: every pixel moves by step_size, along the gradient's sign."""
-        return self.project(adversarial + gradient.sign().mul_(step_size))
+        return _linf_ascend(adversarial, gradient, self._low, self._high, step_size)
 
     def project(self, moved: Tensor) -> Tensor:
         """See `Ball`: the nearest point."""
@@ -135,7 +137,20 @@ def _radius(uniform: Tensor, eps: float) -> Tensor:
     return eps * uniform.flatten(1)[:, 0].pow(1 / uniform[0].numel()).view(-1, 1, 1, 1)
 
 
-def _linf_bounds(pixels: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+@fusible
+def _linf_start(uniform: Tensor, pixels: Tensor, low: Tensor, high: Tensor, eps: float | Tensor) -> Tensor:
+    """A point of the cube out of uniform numbers, [B,3,H,W] each."""
+    return (pixels + uniform.mul(2).sub_(1).mul_(eps)).clamp(low, high)
+
+
+@fusible
+def _linf_ascend(adversarial: Tensor, gradient: Tensor, low: Tensor, high: Tensor, step_size: float | Tensor) -> Tensor:
+    """A step along the gradient's sign, kept between the bounds, [B,3,H,W] each."""
+    return (adversarial + gradient.sign().mul_(step_size)).clamp(low, high)
+
+
+@fusible
+def _linf_bounds(pixels: Tensor, eps: float | Tensor) -> tuple[Tensor, Tensor]:
     """Lowest and highest value of each pixel, rounded inwards so that |x' - x| <= eps holds exactly, not to an ulp."""
     exact = pixels.double()
     low, high = exact - eps, exact + eps

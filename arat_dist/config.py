@@ -332,6 +332,15 @@ class TrainConfig(Section):
     """Compute precision of attack and training passes; master weights are fp32. fp16 scales losses and attacks."""
     compile: bool = False
     """Compile the net with torch.compile: minutes at the start. Of arrest, the attack's passes alone."""
+    cuda_graph: bool = False
+    """Replay each step as one CUDA graph: one launch in place of thousands of kernels'. Needs a GPU, one worker, DDP,
+    and bf16 or fp32; not yet run on a GPU."""
+    tf32: bool = False
+    """Let fp32 convolutions and matrix products of the training use TF32 on GPUs: faster, with 10 bits of mantissa.
+    Evaluations never use it."""
+    deterministic: bool = False
+    """Use algorithms on GPUs that give the same bits each time; slower, and refused by a few operations. Not yet run on
+    a GPU; CPUs are deterministic anyway."""
     micro_batches: Count = 1
     """Parts that a worker's share of a step is worked off in, for less memory: one update and one all-reduce a step.
     Batch statistics are a part's own."""
@@ -389,8 +398,10 @@ class EvalConfig(Section):
     """Starts of pgdN, apgd and apgd-ce; default: 1, of APGD in l1 5."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Of the passes of an evaluation, whatever the training's: weights stay as they are, half precision by autocast."""
-    batch_size: Count = 128
-    """Most pictures of one pass, per worker; a small set is cut into smaller batches, so that all workers get some."""
+    batch_size: Count | None = None
+    """Most pictures of one pass, per worker; a small set is cut into smaller batches, so that all workers get some.
+    Default: 128 on a CPU; on a GPU 1,024 for pictures of up to 32 pixels a side and half as many for twice the side, a
+    power of two and at least 64: 128 at 224."""
     limit: Count | None = None
     """Only so many pictures, evenly spaced over the set; default: all."""
     every: Count | None = None
@@ -437,8 +448,9 @@ class ClusterConfig(Section):
     write a checkpoint and are started anew, which takes as long as any start."""
     cpus_per_worker: Count = 1
     """Cores reserved for a worker and threads that torch uses in it."""
-    gpus_per_worker: Annotated[Integer, Field(ge=0, le=1)] = 0
-    """GPUs of a worker: 0 trains on the CPU with gloo, 1 with nccl."""
+    gpus_per_worker: Annotated[Integer, Field(ge=0, le=1)] | None = None
+    """GPUs of a worker: 0 trains on the CPU with gloo, 1 with nccl. Default: 0; without workers, the GPU that is
+    there."""
     address: str | None = None
     """Ray cluster to join; default: one started on this machine."""
     max_failures: Annotated[Integer, Field(ge=0)] = 3
@@ -462,6 +474,16 @@ class ClusterConfig(Section):
     def max_workers(self) -> int:
         """The largest number of workers."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    @property
+    def collective_timeout_s(self) -> float:
+        """Longest time that a rank which is done with a step waits for the others, in seconds."""
+        return max(self.start_timeout_s, self.step_timeout_s)
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs that each worker is given by Ray."""
+        return self.gpus_per_worker or 0
 
 
 class Recipe(Section):

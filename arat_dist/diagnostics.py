@@ -48,7 +48,7 @@ def gradient_conflict(
     pieces = (rank.all_reduce(flat) / rank.world_size).split([n for n in sizes for _ in range(2)])
     sums: dict[str, Tensor] = {}
     for (group, _, _), a, b in zip(reached, pieces[::2], pieces[1::2], strict=True):
-        values = torch.stack([a @ b, a @ a, b @ b, (a * b < 0).sum().to(a), a.new_tensor(a.numel())])
+        values = torch.stack([a @ b, a @ a, b @ b, (a * b < 0).sum().to(a), a.new_full((), a.numel())])
         sums[group] = sums.get(group, 0) + values
     metrics = _compare(torch.stack([*sums.values()]).sum(0))
     for group, values in sums.items():

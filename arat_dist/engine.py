@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from arat_dist.config import EngineConfig, OptimConfig, Recipe
 from arat_dist.errors import UserError
 from arat_dist.objectives.base import Objective, Output
-from arat_dist.optim import build_optimizer
+from arat_dist.optim import build_optimizer, set_lr
 
 _LEAST_LOSS_SCALE = 2.0**-10
 
@@ -157,21 +158,27 @@ class DDPEngine:
         optim: the recipe's section.
         rank: this process.
         scales_loss: multiply losses, as fp16 needs.
+        capturable: a CUDA graph will hold the steps; see `build_optimizer`.
     """
 
-    def __init__(self, objective: Objective, optim: OptimConfig, rank: Rank, *, scales_loss: bool = False):
+    def __init__(
+        self,
+        objective: Objective,
+        optim: OptimConfig,
+        rank: Rank,
+        *,
+        scales_loss: bool = False,
+        capturable: bool = False,
+    ):
         # Channels last, as the pictures come: the faster format for convolutions on CPUs and on tensor cores.
         self.objective = objective.to(rank.device).to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
-        self._optimizer = build_optimizer(self.objective, optim)
+        self._optimizer = build_optimizer(self.objective, optim, capturable=capturable)
         self._clip_norm = optim.clip_grad_norm
         self._scaler = torch.amp.GradScaler(rank.device.type, enabled=scales_loss)
         self._scale_before_tries: float | None = None
         self._wrapped: nn.Module = self.objective
         if rank.world_size > 1:
-            # Running statistics are per rank unless norms are synchronised; `averaged_statistics` joins them.
-            self._wrapped = DistributedDataParallel(
-                self.objective, forward_sync_buffers=False, gradient_as_bucket_view=True
-            )
+            self._wrapped = _distributed(self.objective)
 
     def __call__(self, images: Tensor, labels: Tensor, keys: Tensor) -> Output:
         """See `Engine`."""
@@ -224,8 +231,7 @@ class DDPEngine:
 
     def set_lr(self, lr: float) -> None:
         """See `Engine`."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(self._optimizer, lr)
 
     def gathered(self) -> AbstractContextManager[None]:
         """See `Engine`."""
@@ -267,6 +273,18 @@ class DDPEngine:
         return nn.utils.get_total_norm([p.grad for p in self.objective.parameters() if p.grad is not None])
 
 
+def _distributed(objective: Objective) -> DistributedDataParallel:
+    """DDP that starts all ranks from the first one's parameters and buffers, and leaves buffers alone afterwards.
+
+    Running statistics are per rank unless norms are synchronised; `averaged_statistics` joins them.
+    """
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters:  # from torch 2.14 on
+        return DistributedDataParallel(objective, forward_sync_buffers=False, gradient_as_bucket_view=True)
+    for buffer in objective.buffers():
+        dist.broadcast(buffer, 0)
+    return DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
 def like_parameter(value: Tensor, parameter: Tensor) -> Tensor:
     """A copy of what an optimizer keeps of a parameter, on its device: fused kernels want its memory format too."""
     if value.shape == parameter.shape:
@@ -291,14 +309,21 @@ def check_engine(recipe: Recipe) -> None:
 
 
 def build_engine(
-    objective: Objective, config: EngineConfig, optim: OptimConfig, rank: Rank, *, scales_loss: bool = False
+    objective: Objective,
+    config: EngineConfig,
+    optim: OptimConfig,
+    rank: Rank,
+    *,
+    scales_loss: bool = False,
+    capturable: bool = False,
 ) -> Engine:
     """The engine that the recipe names; see `DDPEngine` and `DeepSpeedEngine`."""
     if config.kind == "ddp":
-        return DDPEngine(objective, optim, rank, scales_loss=scales_loss)
+        return DDPEngine(objective, optim, rank, scales_loss=scales_loss, capturable=capturable)
     from arat_dist.zero import DeepSpeedEngine  # DeepSpeed takes seconds
 
     assert not scales_loss, "check_engine refuses fp16"
+    assert not capturable, "the recipe's checks refuse a CUDA graph"
     return DeepSpeedEngine(objective, config.zero_stage, optim, rank)
 
 
@@ -319,9 +344,9 @@ def averaged_statistics(module: nn.Module, rank: Rank) -> Iterator[None]:
 
 
 def statistics_of(module: nn.Module) -> Tensor:
-    """The running statistics of all norm layers in one row, a copy; empty where there are none."""
+    """The running statistics of all norm layers in one row, a copy; empty, on the module's device, without any."""
     statistics = [statistic.flatten() for statistic in _running_statistics(module)]
-    return torch.cat(statistics) if statistics else torch.empty(0)
+    return torch.cat(statistics) if statistics else next(module.parameters()).new_empty(0)
 
 
 def set_statistics(module: nn.Module, row: Tensor) -> None:

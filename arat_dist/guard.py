@@ -46,9 +46,11 @@ class BufferGuard:
 
     Args:
         module: its buffers must stay the objects that they are.
+        on_device: never look at `finite` from the host, which saves the copies on a CPU.
     """
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module, *, on_device: bool = False):
+        self._may_look = not on_device
         self._groups: defaultdict[torch.dtype, list[Tensor]] = defaultdict(list)
         for buffer in module.buffers():
             self._groups[buffer.dtype].append(buffer)
@@ -61,7 +63,7 @@ class BufferGuard:
     @torch.no_grad()
     def restore_unless(self, finite: Tensor) -> None:
         """After a step; `finite` is 0-d, whether it was taken."""
-        if finite.device.type == "cpu" and finite:  # costs nothing to know there
+        if self._may_look and finite.device.type == "cpu" and finite:  # costs nothing to know there
             return
         for buffers, before, after in zip(self._groups.values(), self._before, self._rows(), strict=True):
             parts = torch.where(finite, after, before).split([buffer.numel() for buffer in buffers])

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -22,6 +23,8 @@ from arat_dist.system import SystemMetrics, flat, slots
 T = TypeVar("T")
 TIMED = ("loader_wait", "compute", "checkpoint")
 """What the log measures the time of."""
+waits_for_device: ContextVar[bool] = ContextVar("waits_for_device", default=False)
+"""Whether times are those of the device, which is waited for: for measurements, since a training wants no such wait."""
 logger = logging.getLogger(__name__)
 
 
@@ -78,10 +81,12 @@ class MetricsLog:
         try:
             yield
         finally:
+            if waits_for_device.get() and self._rank.device.type == "cuda":
+                torch.cuda.synchronize(self._rank.device)
             self._seconds[part] += time.perf_counter() - began
 
-    def add(self, result: StepResult, finite: Tensor) -> None:
-        """Add one step's means over this rank's samples; `finite` is 0-d, whether the step was taken."""
+    def add(self, result: StepResult) -> None:
+        """Add one step's means over this rank's samples."""
         sums: Tensor | None = None
         for metrics, num_samples in result.metrics:
             self._names = list(metrics)
@@ -90,9 +95,9 @@ class MetricsLog:
             sums = weighed if sums is None else sums + weighed
             self._line_images += num_samples
         assert sums is not None
-        taken = torch.where(finite, sums, 0.0)
+        taken = torch.where(result.finite, sums, 0.0)
         self._sums = taken if self._sums is None else self._sums.add_(taken)
-        self._finite.append(finite)
+        self._finite.append(result.finite)
         self._num_overflows += result.num_overflows
 
     def note(self, metrics: Mapping[str, Tensor]) -> None:
@@ -107,7 +112,7 @@ class MetricsLog:
         """
         assert self._sums is not None
         system = slots(self._num_nodes, self._rank.node, self._system and self._system.sample()).flatten()
-        own = torch.cat([self._sums, self._sums.new_tensor([self._line_images]), system.to(self._sums)])
+        own = torch.cat([self._sums, self._sums.new_full((1,), self._line_images), system.to(self._sums)])
         joined = self._rank.all_reduce(own)
         shared = [*self._notes.values(), gradient_norm]
         # One transfer from the device for all.
@@ -182,7 +187,7 @@ class MetricsLog:
     @cached_property
     def _num_nodes(self) -> int:
         """Machines at work; every rank asks at its first line."""
-        return int(self._rank.gather(torch.tensor(self._rank.node, device=self._rank.device)).max()) + 1
+        return int(self._rank.gather(torch.full((), self._rank.node, device=self._rank.device)).max()) + 1
 
     def _begin_line(self) -> None:
         self._names: list[str] = []

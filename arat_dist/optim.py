@@ -12,10 +12,16 @@ from torch import Tensor, nn
 from arat_dist.config import OptimConfig
 
 
-def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(module: nn.Module, config: OptimConfig, *, capturable: bool = False) -> torch.optim.Optimizer:
     """SGD or AdamW over the module's trainable parameters; norm layers, biases and what the net names decay-free.
 
     timm nets name such parameters themselves (positional embeddings, class tokens).
+
+    Args:
+        module: on its device.
+        config: the recipe's section.
+        capturable: the learning rate is a float32 tensor on the module's device, so that a CUDA graph reads it anew in
+            every replay.
     """
     exempt = {
         f"{prefix}.{name}" if prefix else name
@@ -24,11 +30,22 @@ def build_optimizer(module: nn.Module, config: OptimConfig) -> torch.optim.Optim
         for name in names()  # pyright: ignore[reportGeneralTypeIssues]
     }
     groups = param_groups_weight_decay(module, config.weight_decay, no_weight_decay_list=sorted(exempt))
+    lr = torch.tensor(config.lr, device=next(module.parameters()).device) if capturable else config.lr
     if config.name == "adamw":
-        return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
-    sgd = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+        is_on_gpu = capturable and isinstance(lr, Tensor) and lr.is_cuda
+        return torch.optim.AdamW(groups, lr=lr, betas=config.betas, fused=True, capturable=is_on_gpu)
+    sgd = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
     begin_momentum(sgd, [p for group in sgd.param_groups for p in group["params"]])
     return sgd
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of all groups; where it is a tensor, in place and without waiting for the device."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def begin_momentum(optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor]) -> None:

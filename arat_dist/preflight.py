@@ -8,6 +8,7 @@ from arat_dist.averaging import swa_first_step
 from arat_dist.config import ClusterConfig, DataConfig, Recipe
 from arat_dist.data.loader import loader_class
 from arat_dist.data.manifest import check_data
+from arat_dist.devices import own_device, why_no_gpu
 from arat_dist.engine import check_engine
 from arat_dist.errors import UserError
 from arat_dist.models.backbone import pretrained_cfg
@@ -32,6 +33,7 @@ def check_recipe(recipe: Recipe) -> None:
     check_shares(recipe)
     check_averages(recipe)
     check_gpus(recipe.cluster)
+    check_cuda_graph(recipe)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)  # the very weights that training starts from
         objective = build_objective(recipe)
@@ -82,19 +84,28 @@ def check_averages(recipe: Recipe) -> None:
 
 def check_gpus(cluster: ClusterConfig) -> None:
     """Refuse more GPUs than this machine has, for which Ray would wait; those of another cluster pass (UserError)."""
-    wanted = cluster.gpus_per_worker * max(1, cluster.max_workers)
+    wanted = cluster.num_gpus * max(1, cluster.max_workers)
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if cluster.address is not None or wanted <= found:
         return
     if not found:
         raise UserError(
-            f"cluster.gpus_per_worker: {cluster.gpus_per_worker}: this machine has no GPU that torch can use; "
-            "0, or the cluster.address of one that has, would be right"
+            f"cluster.gpus_per_worker: {cluster.gpus_per_worker}: this machine has no GPU that torch can use "
+            f"({why_no_gpu()}); 0, or the cluster.address of one that has, would be right"
         )
     raise UserError(
         f"cluster.workers: {cluster.workers}: with a GPU each, more than this machine has; at most {found}, or the "
         "cluster.address of one that has more, would be right"
     )
+
+
+def check_cuda_graph(recipe: Recipe) -> None:
+    """Refuse a CUDA graph where the run has no GPU (UserError); the recipe's own checks refuse what else forbids it."""
+    cluster = recipe.cluster
+    has_gpu = own_device(cluster).type == "cuda" if cluster.workers == 0 else bool(cluster.num_gpus)
+    if recipe.train.cuda_graph and not has_gpu:
+        remedy = f"this machine has none ({why_no_gpu()})" if cluster.workers == 0 else "cluster.gpus_per_worker: 1"
+        raise UserError(f"train.cuda_graph: true: needs a GPU: {remedy}; false would be right on a CPU")
 
 
 def check_shares(recipe: Recipe) -> None:

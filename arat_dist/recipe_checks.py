@@ -134,6 +134,13 @@ def _step(recipe: Recipe) -> Iterator[str]:
     ):
         if train.compile and value:
             yield f"train.compile: true: goes without {key}"
+    for key, value in (
+        ("train.precision fp16, whose steps may be taken twice", train.precision == "fp16"),
+        ("engine.kind deepspeed", recipe.engine.kind == "deepspeed"),
+        ("train.grad_checkpointing", train.grad_checkpointing),
+    ):
+        if train.cuda_graph and value:
+            yield f"train.cuda_graph: true: goes without {key}"
 
 
 def _train(recipe: Recipe) -> Iterator[str]:

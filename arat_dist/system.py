@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,11 +113,24 @@ def _nvml() -> Any:
 def _gpus(nvml: Any) -> dict[str, float]:
     """Use in percent and memory in use of the machine's GPUs, whoever uses them; not yet run on one.
 
-    NVML and not torch, which would put a context of some hundred MiB on every GPU that it asks.
+    NVML and not torch, which would put a context of some hundred MiB on every GPU that it asks. What NVML refuses, as
+    it does for slices of a GPU and in some containers, is NaN: a figure for people never ends a run.
     """
     values = {name: math.nan for name in NAMES if name.startswith("gpu")}
-    for index in range(min(nvml.nvmlDeviceGetCount(), GPUS) if nvml else 0):
-        handle = nvml.nvmlDeviceGetHandleByIndex(index)
-        values[f"gpu{index}_percent"] = float(nvml.nvmlDeviceGetUtilizationRates(handle).gpu)
-        values[f"gpu{index}_memory_gib"] = nvml.nvmlDeviceGetMemoryInfo(handle).used / GIB
+    count = _asked(lambda: nvml.nvmlDeviceGetCount()) if nvml else 0
+    for index in range(0 if math.isnan(count) else min(int(count), GPUS)):
+
+        def handle(index: int = index) -> Any:
+            return nvml.nvmlDeviceGetHandleByIndex(index)
+
+        values[f"gpu{index}_percent"] = _asked(lambda: nvml.nvmlDeviceGetUtilizationRates(handle()).gpu)
+        values[f"gpu{index}_memory_gib"] = _asked(lambda: nvml.nvmlDeviceGetMemoryInfo(handle()).used / GIB)
     return values
+
+
+def _asked(ask: Callable[[], float]) -> float:
+    """NVML's answer; NaN where it has none."""
+    try:
+        return float(ask())
+    except Exception:  # noqa: BLE001 - its errors are a class each, of a module that may be missing
+        return math.nan

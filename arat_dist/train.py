@@ -15,25 +15,29 @@ from arat_dist.agreement import Agreement, Wish
 from arat_dist.averaging import Average, build_averages, restate
 from arat_dist.checkpoint import checkpoint_name, load_newest
 from arat_dist.config import Recipe
+from arat_dist.cuda_graph import build_step, is_captured
+from arat_dist.data.copies import copied_ahead
 from arat_dist.data.loader import train_loader
 from arat_dist.data.manifest import Manifest, load_manifest
 from arat_dist.data.order import SampleOrder
 from arat_dist.data.staging import stage_data
 from arat_dist.device_augment import build_device_augment
+from arat_dist.devices import device_errors, device_name
 from arat_dist.diagnostics import branch_distance, gradient_conflict
 from arat_dist.engine import Engine, Rank, averaged_statistics, build_engine
 from arat_dist.errors import StoppedError
 from arat_dist.evaluate import eval_config, evaluate
-from arat_dist.guard import BufferGuard, DivergedError, SkipCounter
+from arat_dist.guard import DivergedError, SkipCounter
 from arat_dist.metrics import MetricsLog
 from arat_dist.models.backbone import with_centre_crop
 from arat_dist.models.classifier import Classifier
+from arat_dist.numerics import training_numerics
 from arat_dist.objectives import build_objective
 from arat_dist.objectives.base import Objective, Output
 from arat_dist.optim import lr_at
 from arat_dist.run import Run
 from arat_dist.saving import Saver, capture, take_up
-from arat_dist.step import compute_gradients, micro_batches, part_sizes
+from arat_dist.step import micro_batches, part_sizes
 from arat_dist.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
@@ -63,7 +67,7 @@ def train(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
 
 def train_once(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
     """`train`, until the gradient is no number too often."""
-    with watchdog(recipe, run, rank) as beat:
+    with watchdog(recipe, run, rank) as beat, training_numerics(recipe.train), device_errors(recipe, rank):
         stage_data(recipe.data)
         return train_watched(recipe, run, rank, beat)
 
@@ -71,25 +75,32 @@ def train_once(recipe: Recipe, run: Run, rank: Rank) -> dict[str, Any]:
 def train_watched(recipe: Recipe, run: Run, rank: Rank, beat: Callable[..., None]) -> dict[str, Any]:
     """The story; `beat` is called after every step, and every batch of what takes longer than one."""
     settings = recipe.train
+    logger.info("training on %s", device_name(rank.device))
     torch.manual_seed(settings.seed)
     order = sample_order(recipe)
     checkpoint = load_newest(run.checkpoints)
     # A checkpoint holds all weights: what the net started from is not asked for again.
     objective = build_objective(recipe if checkpoint is None else recipe.without_start())
     recipe = recipe.model_copy(update={"data": with_centre_crop(recipe.data, objective.classifier.backbone)})
-    scales_loss = settings.precision == "fp16"
     # Before the engine, which may shard the weights that are copied here.
     averages = build_averages(recipe, objective.to(rank.device).classifier, order.num_samples)
-    engine = build_engine(objective, recipe.engine, recipe.optim, rank, scales_loss=scales_loss)
+    engine = build_engine(
+        objective,
+        recipe.engine,
+        recipe.optim,
+        rank,
+        scales_loss=settings.precision == "fp16",
+        capturable=is_captured(recipe, rank),
+    )
     if checkpoint is not None:
         take_up(checkpoint, engine, averages, rank)
         logger.info("going on after step %d", checkpoint.step)
     start = 0 if checkpoint is None else checkpoint.step
     stop = max(start, num_steps(recipe))
     check_agreement(start, load_manifest(recipe.data.train), rank)
-    log, guard = MetricsLog(run, rank, checkpoint), BufferGuard(objective)
+    log, take_step = MetricsLog(run, rank, checkpoint), build_step(engine, recipe, rank)
     skips = SkipCounter(run, order, most=settings.max_skipped_steps, last=stop, writes=rank.is_first)
-    agreement = Agreement(rank, settings.checkpoint_minutes)
+    agreement = Agreement(rank, settings.checkpoint_minutes, recipe.cluster.collective_timeout_s)
     check = begin(run, rank, step=start, num_steps=stop)
     log.write_only_if(check)
 
@@ -110,20 +121,17 @@ def train_watched(recipe: Recipe, run: Run, rank: Rank, beat: Callable[..., None
     ):
         shares = order.shares(rank.index, rank.world_size, start, stop)
         batches = loader.iterate(shares, lambda at: image_size(recipe, order, start + at))
-        for step, batch in enumerate(log.waiting(batches), start):
+        for step, batch in enumerate(log.waiting(copied_ahead(batches, rank.device)), start):
             done, global_size = step + 1, order.batch_size_at(step)
             wish = agreement.exchange()
             engine.set_lr(lr := learning_rate(recipe, order, step))
             objective.begin_step(order.epochs_after(step))
             with log.timing("compute"):
-                guard.remember()
                 parts = micro_batches(batch, settings.micro_batches, global_size, rank, augment)
                 reseed = partial(seed_step, settings.seed, step, rank)
                 look = inspect if is_due(done, recipe.track.diagnostics_every) else None
-                out = compute_gradients(engine, parts, rank.world_size / global_size, reseed, look)
-                gradient_norm = engine.step()
-                guard.restore_unless(finite := gradient_norm.isfinite())
-            log.add(out, finite)
+                result = take_step(parts, rank.world_size / global_size, reseed, look)
+            log.add(result)
             update_averages(averages, engine, done)
             if order.ends_epoch(step):
                 objective.end_epoch(rank.all_reduce)
@@ -137,14 +145,14 @@ def train_watched(recipe: Recipe, run: Run, rank: Rank, beat: Callable[..., None
                 scores = {name: torch.tensor(value, dtype=torch.float64) for name, value in about.items()}
                 log.note({f"val_{name}": score.to(rank.device) for name, score in scores.items()})
             if done == stop or evaluates or is_due(done, settings.log_every):
-                skips.see(done, log.write(done, order.epochs_after(done), lr, gradient_norm))
+                skips.see(done, log.write(done, order.epochs_after(done), lr, result.gradient_norm))
             if wish or done == stop or is_due(done, settings.checkpoint_every, order.ends_epoch(step)):
                 with log.timing("checkpoint"):
                     progress, line = log.state()
                     about |= {"recipe_sha256": recipe.sha256(), "line": line}
                     copy = capture(done, engine, averages, rank, progress, about)
                     if copy is not None:
-                        saver.submit(copy, None if wish is Wish.STOP or done == stop else finite)
+                        saver.submit(copy, None if wish is Wish.STOP or done == stop else result.finite)
                 agreement.saved()
             if wish is Wish.STOP and done < stop:
                 finish_saves(saver, agreement, rank, beat)
@@ -154,13 +162,15 @@ def train_watched(recipe: Recipe, run: Run, rank: Rank, beat: Callable[..., None
 
     weights, classifier = result_of(objective, averages)
     with engine.gathered(), averaged_statistics(classifier, rank):
-        result = evaluate(classifier, recipe.data, eval_config(recipe), rank, beat)
+        measured = evaluate(classifier, recipe.data, eval_config(recipe), rank, beat)
     return {
         "epochs": settings.epochs,
         "steps": stop,
         "samples_seen": sum(order.batch_size_at(step) for step in range(stop)),
         "world_size": rank.world_size,
-        **result.summary(),
+        "device": device_name(rank.device),
+        "tf32": settings.tf32,
+        **measured.summary(),
         "weights": weights,
         "checkpoint": (run.checkpoints / checkpoint_name(stop)).uri if rank.is_first else None,
         **log.summary(),

@@ -23,7 +23,7 @@ from torch._C._distributed_c10d import HashStore
 from arat_dist.config import OptimConfig
 from arat_dist.engine import Held, Rank, like_parameter
 from arat_dist.objectives.base import Objective, Output
-from arat_dist.optim import begin_momentum, build_optimizer
+from arat_dist.optim import begin_momentum, build_optimizer, set_lr
 
 _BUCKET = 2**24
 """Most numbers that are joined at once: 64 MiB; DeepSpeed's own default sets 2 GB aside in every step."""
@@ -116,8 +116,7 @@ class DeepSpeedEngine:
 
     def set_lr(self, lr: float) -> None:
         """See `Engine`."""
-        for group in self._base.param_groups:
-            group["lr"] = lr
+        set_lr(self._base, lr)
 
     def gathered(self) -> AbstractContextManager[None]:
         """See `Engine`."""

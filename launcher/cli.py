@@ -16,7 +16,7 @@ from typing import Any
 
 from rich.logging import RichHandler
 
-from arat_dist.config import ATTACKS, EvalConfig
+from arat_dist.config import ATTACKS
 from arat_dist.errors import ClusterError, SearchError, StoppedError, TrackingError, UserError, WorkersError
 from arat_dist.recipe import iter_keys
 from launcher import verbs
@@ -171,7 +171,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--seed", type=_count, help="of the attacks' random numbers (the recipe's)")
     verb.add_argument("--workers", type=_count, default=0, help="Ray workers that share the work; 0: this process (0)")
     verb.add_argument("--threads", type=_positive, help="that torch uses in each worker (the cores, shared out)")
-    verb.add_argument("--batch-size", type=_positive, help=f"most pictures of a pass ({EvalConfig().batch_size})")
+    verb.add_argument(
+        "--batch-size", type=_positive, help="most pictures of a pass (128; on a GPU by their size, up to 1,024)"
+    )
     verb.add_argument("--out", metavar="DIR", help="for the results (default: RUN/evaluations, or evaluations/TARGET)")
     verb.epilog = "What is finished is kept: the same command goes on after an interruption, and answers at once later."
 
@@ -272,7 +274,8 @@ def _step_options(verb: argparse.ArgumentParser, *, batch_size: int, attack_step
     )
     verb.add_argument("--attack-steps", type=_positive, default=attack_steps, help=f"steps of PGD ({attack_steps})")
     verb.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="of the step (bf16)")
-    verb.add_argument("--workers", type=_several, default=2, help="processes on this machine's CPU (2)")
+    verb.add_argument("--workers", type=_several, default=2, help="processes on this machine (2)")
+    verb.add_argument("--device", choices=["cuda", "cpu"], help="a GPU each, or the CPU (GPUs where there are any)")
     verb.add_argument("--repeats", type=_positive, default=5, help="rounds, of which medians are taken (5)")
     verb.epilog = "Recipe keys can be overridden, as in --model.args '{channels: [16, 32, 64, 128]}'."
 

@@ -20,6 +20,7 @@ import torch
 
 from arat_dist.config import ClusterConfig
 from arat_dist.data import staging
+from arat_dist.devices import own_device
 from arat_dist.engine import Rank
 from arat_dist.errors import ClusterError, StoppedError, UserError, WorkersError
 from arat_dist.storage import Storage
@@ -87,8 +88,7 @@ def run_workers(
     stop = threading.Event() if stop is None else stop
     if cluster.workers == 0:
         torch.set_num_threads(cluster.cpus_per_worker)
-        device = torch.device("cuda" if cluster.gpus_per_worker else "cpu")
-        return work(Rank(0, 1, device, stop_wanted=stop.is_set))
+        return work(Rank(0, 1, own_device(cluster), stop_wanted=stop.is_set))
     connect(cluster)
     from ray.train import ControllerError, WorkerGroupError
 
@@ -120,7 +120,7 @@ def _trainer(work: Callable[[Rank], T], cluster: ClusterConfig, name: str, stop:
     from launcher.controller import Trainer
     from launcher.loopback import LoopbackConfig
 
-    longest_s = math.ceil(max(cluster.start_timeout_s, cluster.step_timeout_s))
+    longest_s = math.ceil(cluster.collective_timeout_s)
     # Ray would take a worker for dead whose Python says nothing for 10 minutes; how long it may is up to the watchdog.
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(longest_s + _WATCHDOG_S)
     # Ray waits so long for places, then asks the scaling policy again: soon, for a group that may be smaller, since Ray
@@ -134,12 +134,11 @@ def _trainer(work: Callable[[Rank], T], cluster: ClusterConfig, name: str, stop:
         ask_to_stop=_ask_to_stop,
         scaling_config=ScalingConfig(
             num_workers=cluster.workers,
-            use_gpu=bool(cluster.gpus_per_worker),
-            resources_per_worker={"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker},
+            use_gpu=bool(cluster.num_gpus),
+            resources_per_worker={"CPU": cluster.cpus_per_worker, "GPU": cluster.num_gpus},
             placement_strategy=cluster.placement.upper(),
             elastic_resize_monitor_interval_s=cluster.resize_every_s,
         ),
-        # Who is done with the first step or a later one waits for who isn't.
         torch_config=(TorchConfig if cluster.address else LoopbackConfig)(timeout_s=longest_s),
         run_config=RunConfig(
             name=name,

@@ -223,7 +223,7 @@ def draining_nodes() -> set[str]:
 
 def no_room(cluster: ClusterConfig) -> str:
     """One line on what the workers would have needed and what is there."""
-    wanted = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
+    wanted = {"CPU": cluster.cpus_per_worker, "GPU": cluster.num_gpus}
     free, total = ray.available_resources(), ray.cluster_resources()
     each = " and ".join(f"{count} {name}" for name, count in wanted.items() if count)
     there = ", ".join(

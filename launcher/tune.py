@@ -89,7 +89,7 @@ def room_for_trials(cluster: ClusterConfig, concurrency: int | None) -> int:
     """
     if cluster.workers == 0:
         raise UserError("cluster.workers: 0: a search runs under Ray; 1 or more would be right")
-    each = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
+    each = {"CPU": cluster.cpus_per_worker, "GPU": cluster.num_gpus}
     wanted = {name: count for name, count in each.items() if count}
     if cluster.address is None:
         from torch.cuda import device_count

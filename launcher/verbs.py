@@ -357,11 +357,13 @@ def _run_name(args: argparse.Namespace) -> str:
 def bench_engine(args: argparse.Namespace) -> dict[str, Any]:
     """`arat bench engine`."""
     from arat_dist.bench.engine import bench_engine as measure
+    from arat_dist.bench.ranks import ranks_device
     from launcher.progress import console, engine_table
 
+    device = ranks_device(args.device, args.workers)
     recipe = _ranks_recipe(args)
     with console.status("building") as status:
-        result = measure(recipe, workers=args.workers, repeats=args.repeats, on_progress=status.update)
+        result = measure(recipe, workers=args.workers, device=device, repeats=args.repeats, on_progress=status.update)
     _print_unless_json(args, engine_table(result))
     return result
 
@@ -369,13 +371,20 @@ def bench_engine(args: argparse.Namespace) -> dict[str, Any]:
 def bench_scale(args: argparse.Namespace) -> dict[str, Any]:
     """`arat bench scale`."""
     from arat_dist.bench.engine import ENGINES
+    from arat_dist.bench.ranks import ranks_device
     from arat_dist.bench.scale import bench_scale as measure
     from launcher.progress import console
 
+    device = ranks_device(args.device, args.workers)
     recipe = _ranks_recipe(args).model_copy(update={"engine": ENGINES[args.engine]})
     with console.status("building") as status:
         result = measure(
-            recipe, workers=args.workers, steps=args.steps, repeats=args.repeats, on_progress=status.update
+            recipe,
+            workers=args.workers,
+            device=device,
+            steps=args.steps,
+            repeats=args.repeats,
+            on_progress=status.update,
         )
     speeds = ", ".join(f"{name}: {speed:.1f} pictures/s" for name, speed in result["images_per_second"].items())
     _print_unless_json(args, f"workers x threads: {speeds}; ratio {result['ratio']:.3f}")

@@ -128,3 +128,34 @@ def test_the_samples_of_all_machines_fit_into_one_sum():
     del expected["system/node1/gpu7_percent"]
     assert keys == expected
     assert keys["system/node2/cpu_percent"] == 200
+
+
+class NVMLError(Exception):
+    """Stands for pynvml's, which may be missing here."""
+
+
+def refuse(*_: object) -> None:
+    raise NVMLError("Not Supported")
+
+
+def test_what_nvml_refuses_is_left_out_and_ends_nothing(monkeypatch):
+    """Slices of a GPU tell no utilization, a GPU that fell off its bus nothing, and some containers not even a count."""
+
+    def handle(index: int) -> int:
+        return refuse() if index == 1 else index  # pyright: ignore[reportReturnType]
+
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetCount=lambda: 3,
+        nvmlDeviceGetHandleByIndex=handle,
+        nvmlDeviceGetUtilizationRates=lambda index: refuse() if index == 0 else SimpleNamespace(gpu=40),
+        nvmlDeviceGetMemoryInfo=lambda index: SimpleNamespace(used=(index + 1) * 2**30),
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    sample = SystemMetrics().sample()
+    told = {name: value for name, value in sample.items() if name.startswith("gpu") and not math.isnan(value)}
+    assert told == {"gpu0_memory_gib": 1.0, "gpu2_percent": 40.0, "gpu2_memory_gib": 3.0}
+    nvml.nvmlDeviceGetCount = refuse
+    assert all(math.isnan(value) for name, value in SystemMetrics().sample().items() if name.startswith("gpu"))
+    nvml.nvmlInit = refuse
+    assert all(math.isnan(value) for name, value in SystemMetrics().sample().items() if name.startswith("gpu"))

@@ -20,7 +20,7 @@ from toys import Sets, toy_batch, toy_classifier, toy_recipe, toy_setting
 from arat_dist.averaging import restate
 from arat_dist.checkpoint import Checkpoint, checkpoint_names, load_checkpoint, load_newest
 from arat_dist.config import Recipe
-from arat_dist.data.beton import BetonLoader
+from arat_dist.data.loader import loader_class
 from arat_dist.data.manifest import load_manifest
 from arat_dist.engine import DDPEngine, Rank, build_engine, statistics_of
 from arat_dist.errors import StoppedError, SupersededError
@@ -586,12 +586,12 @@ def test_the_average_that_a_run_ends_with_has_its_own_statistics(sets: Sets, tmp
 def test_a_run_on_copies_reads_nothing_else_and_is_the_same(sets: Sets, tmp_path, monkeypatch):
     opened: list[Path] = []
 
-    class Recording(BetonLoader):
+    class Recording(loader_class(toy_recipe(sets).data)):
         def __init__(self, path: Any, **settings: Any):
             opened.append(Path(path))
             super().__init__(path, **settings)
 
-    monkeypatch.setattr("arat_dist.data.beton.BetonLoader", Recording)
+    monkeypatch.setattr("arat_dist.data.loader.loader_class", lambda _: Recording)
     averages = {"swa_start_epoch": 1, "swa_every": 2}
     in_place, before = start(toy_recipe(sets, train=averages), tmp_path, "in place")
     assert [str(path) for path in opened] == [sets.train, sets.train, sets.val]  # steps, norm statistics, evaluation

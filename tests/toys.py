@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +17,11 @@ from arat_dist.models.split_norm import split_norms
 from arat_dist.objectives.attack import TrainingAttack
 from arat_dist.objectives.base import Objective, Setting
 from arat_dist.recipe import parse_recipe
+
+
+def is_installed(library: str) -> bool:
+    """Whether a library is there: unit tests also run where there are few, as on a bare machine with a GPU."""
+    return find_spec(library) is not None
 
 
 class ToyNet(nn.Module):
@@ -106,7 +112,14 @@ class Sets:
 def toy_recipe(sets: Sets, **sections: dict[str, Any]) -> Recipe:
     """ARAT on a timm net of 8 channels; keys given per section come on top."""
     tree: dict[str, dict[str, Any]] = {
-        "data": {"train": sets.train, "val": sets.val, "num_classes": 3, "image_size": 16, "augment": "pad_crop"},
+        "data": {
+            "train": sets.train,
+            "val": sets.val,
+            "num_classes": 3,
+            "image_size": 16,
+            "augment": "pad_crop",
+            "loader": "ffcv" if is_installed("ffcv") else "torchvision",
+        },
         "model": {
             "name": "resnet10t",
             "args": {"channels": [8, 8, 8, 8], "stem_width": 8, "zero_init_last": False},

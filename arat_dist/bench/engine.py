@@ -53,7 +53,7 @@ def megabytes(tensors: Iterable[Tensor]) -> float:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values()) / 2**20
 
 
-def bench_engine(recipe: Recipe, *, workers: int, repeats: int, on_progress: OnProgress) -> dict[str, Any]:
+def bench_engine(recipe: Recipe, *, workers: int, device: str, repeats: int, on_progress: OnProgress) -> dict[str, Any]:
     """Measure every engine on the same ranks, one after the other, from the tensors that they really hold.
 
     Weights and optimizer state are those between two steps, gradients those between a backward pass and the update.
@@ -61,6 +61,7 @@ def bench_engine(recipe: Recipe, *, workers: int, repeats: int, on_progress: OnP
     Args:
         recipe: what is trained; see `step_recipe`.
         workers: ranks, of one thread each.
+        device: see `ranks_device`.
         repeats: timed steps, of which medians are taken.
         on_progress: told what comes next.
 
@@ -68,7 +69,7 @@ def bench_engine(recipe: Recipe, *, workers: int, repeats: int, on_progress: OnP
         The JSON object of `arat bench engine`: for each engine a list with the MiB of each rank, and step_ms.
     """
     engines = []
-    with RankGroup(workers, 1, _Measure, recipe) as group:
+    with RankGroup(workers, 1, device, _Measure, recipe) as group:
         for name in ENGINES:
             on_progress(name)
             ranks = group(name, repeats)
@@ -80,5 +81,6 @@ def bench_engine(recipe: Recipe, *, workers: int, repeats: int, on_progress: OnP
         "global_batch_size": recipe.train.global_batch_size,
         "precision": recipe.train.precision,
         "workers": workers,
+        "device": device,
         "engines": engines,
     }

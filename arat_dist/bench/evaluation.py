@@ -164,7 +164,7 @@ def bench_workers(
     """
     args = (RankEvaluation, target.uri, target.weights, target.data.val, config)
     seconds: list[tuple[float, float]] = []
-    with RankGroup(workers, 1, *args) as many, RankGroup(1, 1, *args) as one:
+    with RankGroup(workers, 1, "cpu", *args) as many, RankGroup(1, 1, "cpu", *args) as one:
         for i in range(repeats):
             on_progress(f"{config.attack}: round {i + 1} of {repeats}")
             answers = {group: group() for group in ((many, one) if i % 2 else (one, many))}

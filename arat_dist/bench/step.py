@@ -23,17 +23,19 @@ from torch import Tensor
 
 from arat_dist.bench.reference import ReferenceStep
 from arat_dist.config import Recipe
+from arat_dist.cuda_graph import NUM_WARMUPS, build_step, is_captured
 from arat_dist.data.loader import Batch
+from arat_dist.devices import device_name
 from arat_dist.engine import Engine, Rank, build_engine
 from arat_dist.errors import UserError
 from arat_dist.models.backbone import create_backbone
 from arat_dist.models.precision import COMPUTE_DTYPES, is_cast
 from arat_dist.models.split_norm import BATCH_NORMS
+from arat_dist.numerics import training_numerics
 from arat_dist.objectives import build_objective
 from arat_dist.objectives.arat import ARAT
 from arat_dist.objectives.base import to_pixels
 from arat_dist.recipe import parse_recipe
-from arat_dist.step import compute_gradients
 
 OnProgress = Callable[[str], None]
 
@@ -95,6 +97,11 @@ def bench_step(recipe: Recipe, device: torch.device, *, repeats: int, on_progres
     Returns:
         The JSON object of `arat bench step`.
     """
+    with training_numerics(recipe.train):
+        return _bench_step(recipe, device, repeats, on_progress)
+
+
+def _bench_step(recipe: Recipe, device: torch.device, repeats: int, on_progress: OnProgress) -> dict[str, Any]:
     fused, batch = FusedStep(recipe, device), synthetic_batch(recipe, device)
     references = {name: reference(fused.objective, recipe, dtype) for name, dtype in REFERENCES.items()}
     forwards = plain_forwards(recipe, device)
@@ -109,8 +116,8 @@ def bench_step(recipe: Recipe, device: torch.device, *, repeats: int, on_progres
     }
     for name, run in work.items():
         on_progress(f"warming up: {name.replace('_', ' ')}")
-        run()
-        run()
+        for _ in range(2 + NUM_WARMUPS * recipe.train.cuda_graph):  # the last of them is captured, or replayed
+            run()
     seconds: dict[str, list[float]] = {name: [] for name in work}
     breakdowns: list[dict[str, float]] = []
     for i in range(repeats):
@@ -132,6 +139,9 @@ def bench_step(recipe: Recipe, device: torch.device, *, repeats: int, on_progres
         "attack_steps": steps,
         "precision": recipe.train.precision,
         "compile": recipe.train.compile,
+        "cuda_graph": recipe.train.cuda_graph,
+        "tf32": recipe.train.tf32,
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "repeats": repeats,
         "forward_ms": forward,
@@ -150,8 +160,17 @@ def bench_step(recipe: Recipe, device: torch.device, *, repeats: int, on_progres
     }
 
 
-FREE_KEYS = ("model.", "objective.gamma", "objective.taps", "objective.split_norm", "attack.eps", "train.compile")
-"""Keys, or their beginnings, that may be set: the step of plain code follows them."""
+FREE_KEYS = (
+    "model.",
+    "objective.gamma",
+    "objective.taps",
+    "objective.split_norm",
+    "attack.eps",
+    "train.compile",
+    "train.cuda_graph",
+    "train.tf32",
+)
+"""Keys, or their beginnings, that may be set: the step of plain code follows them, or has no need to."""
 REFERENCES = {"fp32": None, "bf16": torch.bfloat16}
 """What the reference step's autocast computes in."""
 
@@ -164,18 +183,23 @@ class FusedStep:
         objective = build_objective(recipe)
         assert isinstance(objective, ARAT)
         self.objective, self._device = objective, device
-        scales_loss = recipe.train.precision == "fp16"
+        rank = Rank(0, 1, device)
         self.engine: Engine = build_engine(
-            objective, recipe.engine, recipe.optim, Rank(0, 1, device), scales_loss=scales_loss
+            objective,
+            recipe.engine,
+            recipe.optim,
+            rank,
+            scales_loss=recipe.train.precision == "fp16",
+            capturable=is_captured(recipe, rank),
         )
+        self._take_step = build_step(self.engine, recipe, rank)
         objective.train()
         if recipe.train.compile:
             objective.compile_backbones({recipe.train.global_batch_size})
 
     def __call__(self, batch: Batch) -> None:
         """One step."""
-        compute_gradients(self.engine, [batch], 1 / len(batch[1]), lambda: None)
-        self.engine.step()
+        self._take_step([batch], 1 / len(batch[1]), lambda: None)
 
     def attack(self, batch: Batch, *, compiled: bool) -> Tensor:
         """The attack alone: adversarial pictures [B,3,H,W]."""
@@ -187,7 +211,7 @@ class FusedStep:
         """Seconds of the parts of one step; the device is waited for at their borders, so they add up to a bit more."""
         objective, engine = self.objective, self.engine
         seconds: dict[str, float] = {}
-        perturb, clock = objective.perturb, _Clock(self._device)
+        perturb, clock = objective.perturb, Clock(self._device)
 
         def timed_attack(pixels: Tensor, targets: Tensor, keys: Tensor) -> Tensor:
             begin = clock()
@@ -248,19 +272,20 @@ def synthetic_batch(recipe: Recipe, device: torch.device, seed: int = 0) -> Batc
 
 def timed(run: Callable[[], object], device: torch.device) -> float:
     """Seconds that a call takes until the device is done."""
-    clock = _Clock(device)
+    clock = Clock(device)
     begin = clock()
     run()
     return clock() - begin
 
 
-class _Clock:
+class Clock:
     """Seconds now, once the device has done what it was given."""
 
     def __init__(self, device: torch.device):
         self._is_cuda = device.type == "cuda"
 
     def __call__(self) -> float:
+        """Wait for the device, and read the clock."""
         if self._is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter()

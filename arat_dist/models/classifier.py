@@ -75,9 +75,9 @@ class Classifier(nn.Module):
         return self._switch.use(name) if self._switch is not None else nullcontext()
 
     @contextmanager
-    def running(self, backbone: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """Run this, a compiled version of the backbone, in its place inside the context."""
-        self._stand_in = backbone
+    def running(self, run: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Run this, a compiled version of `run_backbone`, in its place inside the context."""
+        self._stand_in = run
         try:
             yield
         finally:
@@ -85,7 +85,11 @@ class Classifier(nn.Module):
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels float [B,3,H,W] in [0,1] -> logits [B,num_classes]."""
-        return (self._stand_in or self.backbone)(self._normalise(pixels))
+        return (self._stand_in or self.run_backbone)(pixels)
+
+    def run_backbone(self, pixels: Tensor) -> Tensor:
+        """The same, never compiled."""
+        return self.backbone(self.normalise(pixels))
 
     def forward_with_taps(self, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Pixels float [B,3,H,W] in [0,1] -> logits [B,num_classes] and the pooled features [B,d_l] of each tap."""
@@ -96,11 +100,12 @@ class Classifier(nn.Module):
     def forward_with_penultimate(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels float [B,3,H,W] in [0,1] -> logits [B,num_classes] and the features [B,d] before the last layer."""
         net: Any = self.backbone
-        features = net.forward_features(self._normalise(pixels))
+        features = net.forward_features(self.normalise(pixels))
         penultimate = net.forward_head(features, pre_logits=True)
         return net.get_classifier()(penultimate), penultimate
 
-    def _normalise(self, pixels: Tensor) -> Tensor:
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Subtract the mean and divide by the standard deviation, [B,3,H,W]."""
         return pixels if self._is_normalised else (pixels - self.mean).div_(self.std)
 
 

@@ -37,10 +37,12 @@ class StepWeights:
     Args:
         module: any tree; layers must not be added or removed later.
         dtype: what convolutions and linear layers compute in, None to leave them.
+        together: cast all weights, and all their gradients, in one operation: a launch or two in place of hundreds. DDP
+            would then get all gradients at the very end of the backward pass and have nothing to overlap with.
     """
 
-    def __init__(self, module: nn.Module, dtype: torch.dtype | None):
-        self._dtype = dtype
+    def __init__(self, module: nn.Module, dtype: torch.dtype | None, *, together: bool = False):
+        self._dtype, self._together = dtype, together
         self._all, self._cast = list[_Place](), list[_Place]()
         for part in module.modules():
             held = part._parameters  # noqa: SLF001 - where torch.func.functional_call puts its tensors too
@@ -52,8 +54,11 @@ class StepWeights:
     @contextmanager
     def cast(self) -> Iterator[None]:
         """One cast for all passes inside; gradients reach the master weights, each as soon as it is known."""
-        # One operation a weight: a single one for all would give DDP all gradients at once, at the very end.
-        copies = {held[name]: _cast(held[name], self._dtype) for held, name in self._cast}
+        weights = list(dict.fromkeys(held[name] for held, name in self._cast))
+        if self._together and self._dtype is not None:
+            copies = dict(zip(weights, _CastTogether.apply(self._dtype, *weights), strict=True))  # pyright: ignore[reportArgumentType]
+        else:
+            copies = {weight: _cast(weight, self._dtype) for weight in weights}
         with _replaced(self._cast, [copies[held[name]] for held, name in self._cast]):
             yield
 
@@ -73,10 +78,35 @@ class WeightsInPlace:
     cast = detached = staticmethod(nullcontext)
 
 
+class _CastTogether(torch.autograd.Function):
+    """`_cast` of many weights by torch's multi-tensor copy."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = [weight.dtype for weight in weights]
+        copies = [torch.empty_like(weight, dtype=dtype, memory_format=_layout(weight)) for weight in weights]
+        torch._foreach_copy_(copies, weights)  # pyright: ignore[reportPrivateImportUsage]
+        # Else autograd would compute the gradients of frozen weights.
+        ctx.mark_non_differentiable(*(c for c, w in zip(copies, weights, strict=True) if not w.requires_grad))
+        return tuple(copies)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        wide = [None if g is None else torch.empty_like(g, dtype=d) for g, d in zip(grads, ctx.dtypes, strict=True)]
+        pairs = [(target, source) for target, source in zip(wide, grads, strict=True) if target is not None]
+        if pairs:
+            torch._foreach_copy_([t for t, _ in pairs], [s for _, s in pairs])  # pyright: ignore[reportPrivateImportUsage, reportArgumentType]
+        return None, *wide
+
+
 def _cast(weight: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return weight.to(dtype, memory_format=_layout(weight))
+
+
+def _layout(weight: Tensor) -> torch.memory_format:
     """Channels last where that means something: engines that flatten weights keep them in plain order."""
-    layout = torch.channels_last if weight.ndim == 4 else torch.preserve_format
-    return weight.to(dtype, memory_format=layout)
+    return torch.channels_last if weight.ndim == 4 else torch.preserve_format
 
 
 @contextmanager

@@ -39,7 +39,7 @@ class _AcrossRanks(_BatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (torch's name)
         """Normalise [B,C,...]; ranks may hold different numbers of samples."""
-        if not (self.training and _num_ranks() > 1):
+        if not (self.training and num_ranks() > 1):
             return super().forward(input)
         self._check_input_dim(input)
         statistics = global_statistics(input)
@@ -125,7 +125,7 @@ def global_statistics(x: Tensor) -> Statistics:
     unused = x.new_zeros(x.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
     mean, var = torch.batch_norm_update_stats(x, unused, unused, 0.0)
     own = torch.cat([mean, var, mean.new_full((1,), x.numel() / len(mean))])
-    gathered = [torch.empty_like(own) for _ in range(_num_ranks())]
+    gathered = [torch.empty_like(own) for _ in range(num_ranks())]
     dist.all_gather(gathered, own)
     means, variances, counts = torch.stack(gathered).split([len(mean), len(mean), 1], dim=1)  # [R,C], [R,C], [R,1]
     shares = counts / counts.sum()
@@ -177,6 +177,6 @@ def _affine(x: Tensor, centre: Tensor, scale: Tensor) -> Tensor:
     return F.batch_norm(x, centre, torch.ones_like(centre), scale, eps=0.0)
 
 
-def _num_ranks() -> int:
+def num_ranks() -> int:
     """Ranks that train together; 1 without a process group."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

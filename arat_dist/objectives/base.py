@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Set
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Hashable, Iterator, Mapping, Set
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar
@@ -13,12 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from arat_dist.fusion import fused, fusible
 from arat_dist.losses import hard_labels, lifted
 from arat_dist.mixing import Mixing
 from arat_dist.models.classifier import Classifier
 from arat_dist.models.cpu_ops import on_cpu
 from arat_dist.models.precision import COMPUTE_DTYPES, StepWeights, WeightsInPlace, amplified
 from arat_dist.models.split_norm import AttackMode, Branch
+from arat_dist.models.sync_norm import num_ranks
 from arat_dist.objectives.attack import AttackDefaults, TrainingAttack
 
 AllReduce = Callable[[Tensor], Tensor]
@@ -85,6 +87,11 @@ class Objective(nn.Module):
         """Set what changes in the course of the run; `epoch` counts from 0, in parts of one."""
         self._attack = self._setting.attack and self._setting.attack.at(epoch)
 
+    @property
+    def step_kind(self) -> Hashable:
+        """What the host decides of a step beside its sizes: steps of one kind run the same kernels."""
+        return self._attack
+
     def forward(self, images: Tensor, labels: Tensor, keys: Tensor) -> Output:
         """One step's forward.
 
@@ -93,7 +100,8 @@ class Objective(nn.Module):
             labels: int64 [B].
             keys: int64 [B], names of the samples' visits, from which the attack's start is drawn.
         """
-        pixels, targets = to_pixels(images, self.classifier.dtype), labels
+        with self._arithmetic(len(images), images.device):
+            pixels, targets = to_pixels(images, self.classifier.dtype), labels
         if self._setting.mixing is not None:
             pixels, targets = self._setting.mixing(pixels, labels, keys)
         with self.passes(len(images), images.device):
@@ -105,9 +113,15 @@ class Objective(nn.Module):
         with ExitStack() as stack:
             stack.enter_context(self.autocast(device))
             stack.enter_context(self._weights.cast())
+            stack.enter_context(self._arithmetic(batch_size, device))
             for classifier, run in self._compiled.items() if batch_size in self._compiled_sizes else ():
                 stack.enter_context(classifier.running(run))
             yield
+
+    def _arithmetic(self, batch_size: int, device: torch.device) -> AbstractContextManager[None]:
+        """Inside, the attack's arithmetic is compiled where the nets are, on a GPU: a CPU's launches are cheap."""
+        is_fused = batch_size in self._compiled_sizes and device.type == "cuda"
+        return fused() if is_fused else nullcontext()
 
     def compile_backbones(self, batch_sizes: Set[int], num_sides: int = 1) -> None:
         """Compile every net for batches of these sizes; others, such as a run's last, run uncompiled.
@@ -126,9 +140,8 @@ class Objective(nn.Module):
         dynamo_config.accumulated_recompile_limit = max(dynamo_config.accumulated_recompile_limit, num_graphs)
         nets = [module for module in self.modules() if isinstance(module, Classifier)]
         for net in nets:
-            forward = net.backbone.forward
             is_on_cpu = net.mean.device.type == "cpu"
-            self._compiled[net] = torch.compile(on_cpu(forward) if is_on_cpu else forward, dynamic=False)
+            self._compiled[net] = _on_cpu(net) if is_on_cpu else torch.compile(net.run_backbone, dynamic=False)
         self._compiled_sizes = batch_sizes
 
     def keep_weights_in_place(self) -> None:
@@ -138,7 +151,8 @@ class Objective(nn.Module):
     @cached_property
     def _weights(self) -> StepWeights | WeightsInPlace:
         """Of all parts; made at the first step, when methods have added theirs."""
-        return WeightsInPlace() if self._weights_stay else StepWeights(self, self._dtype)
+        together = self.classifier.mean.is_cuda and num_ranks() == 1
+        return WeightsInPlace() if self._weights_stay else StepWeights(self, self._dtype, together=together)
 
     def autocast(self, device: torch.device) -> torch.autocast:
         """The precision of attack and training passes."""
@@ -191,6 +205,13 @@ class Objective(nn.Module):
         return F.cross_entropy(lifted(logits), targets, label_smoothing=self._setting.label_smoothing)
 
 
+def _on_cpu(net: Classifier) -> Callable[[Tensor], Tensor]:
+    """The net compiled with this project's operations for CPUs, which leave the normalisation of pixels outside."""
+    run = torch.compile(on_cpu(net.backbone.forward), dynamic=False)
+    return lambda pixels: run(net.normalise(pixels))
+
+
+@fusible
 def to_pixels(images: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 pictures to numbers in [0,1], memory format kept."""
     return images.to(dtype).div_(255)

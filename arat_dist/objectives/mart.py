@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from arat_dist.config import MARTConfig
@@ -44,7 +43,7 @@ class MART(Objective):
 def margin(logits: Tensor, targets: Tensor) -> Tensor:
     """-log(1.0001 - max_{k != y} p_k), [B]; of mixed targets y is the class with the largest share."""
     probabilities = lifted(logits).softmax(1)
-    own = F.one_hot(hard_labels(targets), logits.shape[1]).bool()
+    own = torch.arange(logits.shape[1], device=logits.device) == hard_labels(targets)[:, None]
     return -torch.log(1.0001 - probabilities.masked_fill(own, 0).amax(1))
 
 

@@ -26,7 +26,7 @@ def recipe() -> Recipe:
 
 
 def test_every_engine_is_measured():
-    result = bench_engine(recipe(), workers=2, repeats=1, on_progress=lambda _: None)
+    result = bench_engine(recipe(), workers=2, device="cpu", repeats=1, on_progress=lambda _: None)
     engines = {engine["engine"]: engine for engine in result["engines"]}
     assert list(engines) == ["ddp", "zero0", "zero1", "zero2", "zero3"]
     whole = engines["ddp"]["optimizer_state_mb"][0]
@@ -39,7 +39,7 @@ def test_every_engine_is_measured():
 
 
 def test_two_workers_against_two_threads():
-    result = bench_scale(recipe(), workers=2, steps=1, repeats=3, on_progress=lambda _: None)
+    result = bench_scale(recipe(), workers=2, device="cpu", steps=1, repeats=3, on_progress=lambda _: None)
     assert set(result["images_per_second"]) == {"2x1", "1x2"}
     assert len(result["ratios"]) == 3
     assert result["ratio"] == sorted(result["ratios"])[1] > 0
@@ -60,7 +60,7 @@ class Failing:
 
 @pytest.mark.parametrize(("how", "why"), [("wrong", "LookupError: no such thing"), ("dead", "a process .* died")])
 def test_a_rank_that_fails_is_told(how, why):
-    with RankGroup(1, 1, Failing) as group:
+    with RankGroup(1, 1, "cpu", Failing) as group:
         assert group("well") == [0]
         with pytest.raises(RuntimeError, match=why):
             group(how)

@@ -6,9 +6,6 @@ import numpy as np
 import pytest
 from beton_pictures import Pictures, smooth_picture
 
-from arat_dist.data.beton_writer import write_beton
-
-
 @pytest.fixture(scope="session")
 def small() -> Pictures:
     """37 random pictures of 32x32: stored raw."""
@@ -19,6 +16,8 @@ def small() -> Pictures:
 
 @pytest.fixture(scope="session")
 def small_beton(small: Pictures, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from arat_dist.data.beton_writer import write_beton
+
     path = tmp_path_factory.mktemp("small") / "small.beton"
     write_beton(small, path)
     return path
@@ -35,6 +34,8 @@ def large() -> Pictures:
 
 @pytest.fixture(scope="session")
 def large_beton(large: Pictures, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from arat_dist.data.beton_writer import write_beton
+
     path = tmp_path_factory.mktemp("large") / "large.beton"
     write_beton(large, path)
     return path

@@ -73,6 +73,34 @@ def test_gradients_reach_the_master_weights():
         torch.testing.assert_close(p.grad, expected[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
+def test_all_weights_cast_together_are_those_cast_one_by_one():
+    """Copies, and gradients of a net with a frozen layer and a weight that two layers share, bit for bit."""
+    net, x = Net(), torch.rand(2, 3, 8, 8)
+    net.second.bias.requires_grad_(False)
+    found = []
+    for together in (False, True):
+        net.zero_grad()
+        with StepWeights(net, torch.bfloat16, together=together).cast():
+            copies = {id(p): p.detach().clone() for module in net.modules() for p in held(module)}
+            assert net.first.weight is net.second.weight
+            assert net.first.weight.dtype is torch.bfloat16
+            assert not net.second.bias.requires_grad
+            loss = net(x.bfloat16()).float().square().sum()
+        loss.backward()
+        gradients = {name: p.grad for name, p in net.named_parameters()}
+        found.append((list(copies.values()), gradients))
+    for one, other in zip(found[0][0], found[1][0], strict=True):
+        assert torch.equal(one, other)
+        assert one.stride() == other.stride()
+    assert found[0][1].keys() == found[1][1].keys()
+    for name, gradient in found[0][1].items():
+        other = found[1][1][name]
+        assert (gradient is None) == (other is None) == (name == "second.bias"), name
+        if gradient is not None:
+            assert gradient.dtype is torch.float32
+            assert torch.equal(gradient, other), name
+
+
 def test_without_a_dtype_weights_stay_what_they_are():
     net = Net()
     with StepWeights(net, None).cast():
