@@ -87,8 +87,13 @@ class Engine(Protocol):
         ...
 
     @property
+    def scales_loss(self) -> bool:
+        """Whether losses are multiplied so that gradients fit into fp16."""
+        ...
+
+    @property
     def loss_scale(self) -> float | None:
-        """What losses are multiplied by so that gradients fit into fp16; None in other precisions."""
+        """What losses are multiplied by; None where they aren't. The host waits for the device."""
         ...
 
     def is_finite(self) -> bool:
@@ -193,19 +198,25 @@ class DDPEngine:
         self._scaler.scale(loss).backward()
 
     @property
+    def scales_loss(self) -> bool:
+        """See `Engine`."""
+        return self._scaler.is_enabled()
+
+    @property
     def loss_scale(self) -> float | None:
         """See `Engine`."""
         return self._scaler.get_scale() if self._scaler.is_enabled() else None
 
     def is_finite(self) -> bool:
         """See `Engine`."""
-        if (scale := self.loss_scale) is None:
+        if not self.scales_loss:
             return True
         # Equal on all ranks: DDP has joined the gradients.
         self._scaler.unscale_(self._optimizer)
         if self._gradient_norm().isfinite().item():
             self._scale_before_tries = None
             return True
+        scale = self._scaler.get_scale()
         self._scale_before_tries = self._scale_before_tries or scale
         if scale <= _LEAST_LOSS_SCALE:
             return True

@@ -6,14 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from arat_dist.config import DataConfig, EvalConfig, Recipe
+from arat_dist.config import ClusterConfig, DataConfig, EvalConfig, Recipe
 from arat_dist.data.loader import val_loader
 from arat_dist.data.order import spread
+from arat_dist.devices import own_device
 from arat_dist.engine import Rank
 from arat_dist.evaluation.attacks import evaluation_attacks
 from arat_dist.evaluation.ledger import Ledger
 from arat_dist.evaluation.net import attacked
-from arat_dist.evaluation.stages import Runner, Samples
+from arat_dist.evaluation.stages import Runner, Samples, default_batch_size
 from arat_dist.evaluation.verdicts import Nets, Verdicts, measure
 from arat_dist.models.classifier import Classifier
 
@@ -71,10 +72,14 @@ def evaluate(
     Args:
         classifier: on the rank's device; its mode, branch and buffers stay as they are.
         data: the recipe's section.
-        config: `config.norm` and `config.eps` must be given (`eval_config` fills them from a recipe).
+        config: norm, eps and batch_size must be given (`eval_config` fills them from a recipe).
         rank: this process.
         beat: called at every pass of the net.
+
+    Raises:
+        UserError: a batch needs more memory than a GPU has.
     """
+    assert config.batch_size is not None
     with (
         val_loader(data, config.batch_size) as loader,
         classifier.branch("adv"),
@@ -103,9 +108,13 @@ def scores_of(verdicts: Verdicts, config: EvalConfig) -> Scores:
 
 
 def eval_config(recipe: Recipe) -> EvalConfig:
-    """The recipe's eval section, norm and eps taken over from the attack in training where it doesn't name them."""
+    """The recipe's eval section, complete: what it doesn't say follows from the rest of the recipe.
+
+    Norm and eps are those of the attack in training, the batch size goes by the device that the run trains on.
+    """
     norm, eps = recipe.eval.norm or recipe.attack.norm, recipe.eval.eps or recipe.attack.eps
-    return recipe.eval.model_copy(update={"norm": norm, "eps": eps})
+    batch_size = recipe.eval.batch_size or default_batch_size(recipe.data.image_size, _device_type(recipe.cluster))
+    return recipe.eval.model_copy(update={"norm": norm, "eps": eps, "batch_size": batch_size})
 
 
 def attack_steps(config: EvalConfig) -> int:
@@ -116,3 +125,10 @@ def attack_steps(config: EvalConfig) -> int:
 def subset(num_samples: int, config: EvalConfig) -> Samples:
     """The indices to evaluate, ascending: all, or as many as the section says, evenly spaced."""
     return spread(num_samples, min(num_samples, config.limit or num_samples))
+
+
+def _device_type(cluster: ClusterConfig) -> str:
+    """What the ranks of a run compute on."""
+    if cluster.workers == 0:
+        return own_device(cluster).type
+    return "cuda" if cluster.gpus_per_worker else "cpu"

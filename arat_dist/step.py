@@ -95,8 +95,7 @@ def compute_gradients(
         reseed: makes a try draw what the one before drew.
         inspect: see `Inspect`.
     """
-    may_overflow = engine.loss_scale is not None
-    buffers = [(buffer, buffer.clone()) for buffer in engine.objective.buffers()] if may_overflow else []
+    buffers = [(buffer, buffer.clone()) for buffer in engine.objective.buffers()] if engine.scales_loss else []
     for num_overflows in count():
         reseed()
         metrics = []

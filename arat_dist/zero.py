@@ -90,6 +90,11 @@ class DeepSpeedEngine:
         self._engine.backward(loss)
 
     @property
+    def scales_loss(self) -> bool:
+        """See `Engine`; fp16 is refused."""
+        return False
+
+    @property
     def loss_scale(self) -> float | None:
         """See `Engine`; fp16 is refused."""
         return None

@@ -21,6 +21,7 @@ from arat_dist.evaluation.corruptions import MIN_SIDE, parse_corruptions
 from arat_dist.evaluation.evaluation import RESULT, run_evaluation
 from arat_dist.evaluation.question import Question, fingerprint, slug
 from arat_dist.evaluation.samples import choose_samples
+from arat_dist.evaluation.stages import default_batch_size
 from arat_dist.models.split_norm import Branch
 from arat_dist.preflight import check_gpus
 from arat_dist.storage import Storage, absolute_path
@@ -74,7 +75,7 @@ def evaluate_target(wanted: Wanted, num_workers: int, num_threads: int | None = 
     Raises:
         UserError: something that the user gave can't work; nothing was started or written.
     """
-    target, config = open_wanted(wanted)
+    target, config = open_wanted(wanted, num_workers)
     source = _open_source(wanted, target)
     question = _question(wanted, target, source, config)
     folder = _folder(wanted, target) / question.label
@@ -95,10 +96,20 @@ def evaluate_target(wanted: Wanted, num_workers: int, num_threads: int | None = 
         return run_workers(work, cluster, "eval", stop)
 
 
-def open_wanted(wanted: Wanted) -> tuple[Target, EvalConfig]:
-    """The net, and the section with what was asked for (UserError: one of them can't be)."""
+def open_wanted(wanted: Wanted, num_workers: int = 0) -> tuple[Target, EvalConfig]:
+    """The net, and the section with what was asked for, complete (UserError: one of them can't be).
+
+    Args:
+        wanted: what to measure.
+        num_workers: as in `evaluate_target`: they decide the device, which the default batch size goes by.
+    """
     target = open_target(wanted.target, weights=wanted.weights, val=wanted.val)
     config = _changed(target.config, wanted.changes)
+    if "batch_size" not in wanted.changes and (target.run is None or target.run.recipe().eval.batch_size is None):
+        # The target's own section has what suits the device of its training.
+        cluster = evaluation_cluster(target.cluster or ClusterConfig(), num_workers)
+        batch_size = default_batch_size(target.data.image_size, "cuda" if cluster.gpus_per_worker else "cpu")
+        config = config.model_copy(update={"batch_size": batch_size})
     check_ball(wanted, target, config)
     return target, config
 

@@ -1,5 +1,6 @@
 """Counts against a loop written out over the pictures, one by one."""
 
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -15,6 +16,7 @@ from arat_dist.attacks import PGD
 from arat_dist.config import DataConfig, EvalConfig
 from arat_dist.data.loader import val_loader
 from arat_dist.engine import Rank
+from arat_dist.errors import UserError
 from arat_dist.evaluate import attack_steps, eval_config, evaluate, subset
 from arat_dist.evaluation.attacks import RestartedPGD, evaluation_attacks
 from arat_dist.evaluation.ledger import Ledger
@@ -167,6 +169,41 @@ def test_the_attack_takes_norm_and_eps_from_training_unless_told_otherwise(sets:
     assert evaluation_attacks(taken) == [RestartedPGD("l2", 0.5, 7, 1, 4)]
     told = eval_config(toy_recipe(sets, attack=attack, eval={"norm": "linf", "eps": "4/255"}))
     assert evaluation_attacks(told) == [RestartedPGD("linf", 4 / 255, 2, 1, 0)]
+
+
+@pytest.mark.parametrize(
+    ("cluster", "gpu", "batch_size"),
+    [
+        ({"workers": 2, "gpus_per_worker": 1}, False, 1024),
+        ({"workers": 2, "gpus_per_worker": 0}, True, 128),
+        ({"workers": 0, "gpus_per_worker": 0}, True, 128),
+        ({"workers": 2}, True, 128),
+        ({"workers": 0}, True, 1024),
+        ({"workers": 0}, False, 128),
+    ],
+)
+def test_the_batch_size_goes_by_the_device_unless_told_otherwise(sets: Sets, monkeypatch, cluster, gpu, batch_size):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    unsaid, said = (toy_recipe(sets, eval={"batch_size": value}, cluster=cluster) for value in (None, 5))
+    assert unsaid.eval.batch_size is None
+    assert eval_config(unsaid).batch_size == batch_size
+    assert eval_config(said).batch_size == 5
+
+
+def test_a_gpu_that_is_too_small_is_answered_with_a_smaller_batch(net, sets: Sets):
+    class Full(Classifier):
+        def forward(self, pixels: Tensor) -> Tensor:
+            if len(pixels) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+            return super().forward(pixels)
+
+    full = deepcopy(net)
+    full.__class__ = Full
+    data, rank = toy_recipe(sets).data, Rank(0, 1, CPU)
+    with pytest.raises(UserError, match=r"^--batch-size: 6: .*; --batch-size 3 \(eval.batch_size in a recipe\) would"):
+        evaluate(full, data, config(batch_size=6), rank)
+    small = evaluate(full, data, config(batch_size=3), rank)
+    assert small.summary() == evaluate(net, data, config(batch_size=3), rank).summary()
 
 
 def test_an_evaluation_of_training_is_not_stopped_in_the_middle(net, sets: Sets):

@@ -24,6 +24,7 @@ from arat_dist.evaluation.net import attacked, fast_copy
 from arat_dist.evaluation.stages import Runner, pixels_of
 from arat_dist.evaluation.verdicts import Nets, measure, predictions_of
 from arat_dist.models.classifier import Classifier
+from arat_dist.numerics import evaluation_numerics
 from arat_dist.targets import Target, Weights, open_target
 
 ATTACKS = ("apgd-ce", "apgd-t")
@@ -56,7 +57,9 @@ def bench_attacks(
     if not right.any():
         raise UserError(f"{target.uri}: has no picture right: nothing to attack")
     pixels, labels, keys = pixels[right], labels[right], keys[right]
-    return {name: _compare(name, classifier, config, (pixels, labels, keys), repeats, on_progress) for name in ATTACKS}
+    batch = pixels, labels, keys
+    with evaluation_numerics():
+        return {name: _compare(name, classifier, config, batch, repeats, on_progress) for name in ATTACKS}
 
 
 def _compare(
@@ -132,7 +135,8 @@ class RankEvaluation:
         self._rank, self._config = rank, config
         target = open_target(uri, weights=weights, val=val)
         self._classifier = target.classifier
-        self._loader = val_loader(target.data, config.batch_size)
+        assert config.batch_size is not None, "open_wanted fills it in"
+        self._loader, self._batch_size = val_loader(target.data, config.batch_size), config.batch_size
 
     def __call__(self) -> tuple[float, int]:
         """Seconds from when all ranks begin until all have the verdicts, and how many samples stand."""
@@ -142,7 +146,7 @@ class RankEvaluation:
         self._rank.all_reduce(torch.zeros(()))
         began = time.perf_counter()
         with attacked(self._classifier) as judge, attacked(copy) as view:
-            runner = Runner(self._loader, Ledger(None), self._rank, self._config.batch_size)
+            runner = Runner(self._loader, Ledger(None), self._rank, self._batch_size)
             verdicts = measure(Nets(judge, view), evaluation_attacks(self._config), runner, samples)
         return time.perf_counter() - began, int(verdicts.standing().sum())
 

@@ -1,7 +1,9 @@
 """The attacks of an evaluation, by name: each makes the strongest pictures it can, one batch at a time.
 
-A sample that is misclassified once is broken for good, so it leaves the batch there and then: its verdict is known, and
-the others' steps don't depend on it. The random numbers of a batch are a function of the seed and of its samples.
+A sample that is misclassified once is broken for good: its verdict is known, so it leaves the batch, and the others'
+steps don't depend on it. On a CPU it leaves there and then. On a GPU the host would have to wait for the device to know
+of it, so it looks now and then (`Compaction`). The random numbers of a batch are a function of the seed and of its
+samples.
 """
 
 from __future__ import annotations
@@ -26,6 +28,24 @@ Net = Callable[[Tensor], Tensor]
 """From pixels [B,3,H,W] to logits [B,C], in eval mode, with frozen weights."""
 Objective = Callable[[Tensor, Tensor, Tensor], Tensor]
 """From logits [B,C], labels [B] and the attack's target classes [B] to the loss of each sample, [B], to climb."""
+
+
+@dataclass(frozen=True)
+class Compaction:
+    """When samples that have fallen leave the batch.
+
+    Attributes:
+        every: attack steps between two looks of the host at who still stands; at each it waits for the device.
+        below: share of the batch: when fewer than that still stand, the others leave.
+    """
+
+    every: int
+    below: float
+
+
+COMPACTIONS = {"cpu": Compaction(every=1, below=1.0), "cuda": Compaction(every=5, below=0.5)}
+"""By type of device. On a CPU a look is free, and each sample that leaves saves its passes. A GPU stands idle from a
+look until new kernels are queued, and a slightly smaller batch hardly saves it time."""
 
 LIBRARY_NORMS: dict[str, Any] = {"linf": "Linf", "l2": "L2", "l1": "L1"}
 """Norms as pyautoattack names them."""
@@ -93,7 +113,7 @@ class RestartedPGD:
             return pgd(lambda x: cross_entropy(net(x), labels), pixels, keys)
 
         attempts = [partial(once, restart=r) for r in range(self.restarts)]
-        return _until_broken(judge or net, pixels, labels, keys, attempts)
+        return _until_broken(judge or net, attempts, self.steps, pixels, labels, keys)
 
 
 @dataclass(frozen=True)
@@ -131,8 +151,7 @@ class AutoPGD:
     def __call__(self, net: Net, pixels: Tensor, labels: Tensor, keys: Tensor, judge: Net | None = None) -> Tensor:
         """See `EvaluationAttack`."""
         with torch.no_grad():
-            ranked = net(pixels).argsort(1, descending=True)
-        ranked = ranked[ranked != labels[:, None]].view(len(labels), -1)
+            ranked = _ranked_others(net(pixels), labels)
         objective = _objective(self.num_targets, num_classes=ranked.shape[1] + 1)
 
         def once(pixels: Tensor, labels: Tensor, keys: Tensor, ranked: Tensor, start: int) -> Tensor:
@@ -146,7 +165,7 @@ class AutoPGD:
             for restart in range(self.restarts)
         ]
         attempts = [partial(once, start=start) for start in starts]
-        return _until_broken(judge or net, pixels, labels, keys, attempts, ranked)
+        return _until_broken(judge or net, attempts, self.steps, pixels, labels, keys, ranked)
 
     def _climb(
         self, net: Net, objective: Objective, pixels: Tensor, labels: Tensor, keys: Tensor, targets: Tensor, seed: int
@@ -166,45 +185,67 @@ class AutoPGD:
 
 
 class _Watch:
-    """A climb with an eye on who has fallen: a misclassified sample's picture is kept, and it leaves the batch."""
+    """A climb with an eye on who has fallen: the first misclassified picture of a sample is kept.
+
+    Whether and when fallen samples leave the batch is up to the device's `Compaction`.
+    """
 
     def __init__(self, net: Net, objective: Objective, pixels: Tensor, labels: Tensor, targets: Tensor, *, stops: bool):
         self._net, self._objective, self._stops = net, objective, stops
-        self._labels, self._targets = labels, targets
-        self._standing = torch.arange(len(pixels), device=pixels.device)
-        self._stand = torch.ones_like(self._standing, dtype=torch.bool)
+        self._compaction = COMPACTIONS[pixels.device.type]
         self._found = pixels.clone()
+        # Of the samples that are still in the batch: their places in it at first, whether they stand, and the picture
+        # that each fell by; any picture where it stands.
+        self._places = torch.arange(len(pixels), device=pixels.device)
+        self._stand = torch.ones_like(self._places, dtype=torch.bool)
+        self._fallen_by = pixels
+        self._labels, self._targets = labels, targets
 
     def look(self, pictures: Tensor, *, last: bool = False) -> Point:
         """The point there; notes who of those that stand is misclassified."""
+        stood = self._stand
 
         def loss(x: Tensor) -> Tensor:
             logits = self._net(x)
             if self._stops:
-                self._stand = logits.detach().argmax(1) == self._labels
+                self._stand = stood & (logits.detach().argmax(1) == self._labels)
             return self._objective(logits, self._labels, self._targets)
 
         point = look_at(loss, pictures, last=last)
-        self._found[self._standing[~self._stand]] = pictures[~self._stand]
+        self._note(stood & ~self._stand, pictures)
         return point
 
     def follow(self, climb: Climb, steps: int) -> Tensor:
         """Take the steps; a picture for each sample of the batch, that of the highest loss where it never fell."""
+        every = self._compaction.every
         for k in range(1, steps + 1):
-            if not self._stand.all():
+            # A look pays when as many steps are left as its wait is to be spread over.
+            if self._stops and k % every == 0 and k + every <= steps + 1:
                 self._let_go(climb)
-            if not len(self._standing):
+            if not len(self._places):
                 return self._found
             climb.step(partial(self.look, last=k == steps))
-        self._found[self._standing[self._stand]] = climb.best.pictures[self._stand]
+        self._found[self._places] = torch.where(_wide(self._stand), climb.best.pictures, self._fallen_by)
         return self._found
 
+    def _note(self, fell: Tensor, pictures: Tensor) -> None:
+        """Keep the pictures of those that fell just now, without a look where looking costs something."""
+        if self._stops and (self._compaction.every > 1 or fell.any()):
+            self._fallen_by = torch.where(_wide(fell), pictures, self._fallen_by)
+
     def _let_go(self, climb: Climb) -> None:
-        """Let those go that fell in the last look."""
-        stand = self._stand
-        self._standing, self._labels, self._targets = self._standing[stand], self._labels[stand], self._targets[stand]
-        climb.keep(stand)
-        self._stand = torch.ones_like(self._standing, dtype=torch.bool)
+        """Look who stands; let the others go if they are enough."""
+        num_standing = int(self._stand.sum())  # the host waits for the device here and nowhere else
+        if num_standing >= self._compaction.below * len(self._places):
+            return
+        # In place of boolean masks, each of which would be another wait.
+        order = self._stand.logical_not().int().argsort(stable=True)
+        stay, gone = order[:num_standing], order[num_standing:]
+        self._found[self._places[gone]] = self._fallen_by[gone]
+        self._places, self._labels, self._targets = self._places[stay], self._labels[stay], self._targets[stay]
+        climb.keep(stay)
+        self._stand = torch.ones_like(self._places, dtype=torch.bool)
+        self._fallen_by = climb.best.pictures
 
 
 @dataclass(frozen=True)
@@ -337,21 +378,52 @@ def _objective(num_targets: int, num_classes: int) -> Objective:
     return targeted_dlr
 
 
+def _ranked_others(logits: Tensor, labels: Tensor) -> Tensor:
+    """The classes other than the label, the likeliest first, int64 [B,C-1], of logits [B,C]."""
+    ranked = logits.argsort(1, descending=True)
+    # The label's column goes to the end, the others keep their order; a mask would have the host wait.
+    labels_last = (ranked == labels[:, None]).int().argsort(dim=1, stable=True)
+    return ranked.gather(1, labels_last[:, :-1])
+
+
 def _until_broken(
-    judge: Net, pixels: Tensor, labels: Tensor, keys: Tensor, attempts: list[Callable[..., Tensor]], *more: Tensor
+    judge: Net, attempts: list[Callable[..., Tensor]], steps: int, pixels: Tensor, labels: Tensor, *more: Tensor
 ) -> Tensor:
-    """Attack again and again those that still stand; the last attempt's pictures where none broke the sample."""
+    """Attack again and again those that still stand; the last attempt's pictures where none broke the sample.
+
+    Args:
+        judge: who says what stands.
+        attempts: each takes the pixels, labels and the rest of some samples and gives pictures of them.
+        steps: attack steps of each attempt.
+        pixels: of the batch, [B,3,H,W].
+        labels: int64 [B].
+        more: what else the attempts take, a row for each sample.
+    """
+    every = COMPACTIONS[pixels.device.type].every
     found = pixels.clone()
-    standing = torch.arange(len(pixels), device=pixels.device)
+    places = torch.arange(len(pixels), device=pixels.device)
+    stand = torch.ones_like(places, dtype=torch.bool)
+    num_steps = 0
     for number, attempt in enumerate(attempts, 1):
-        pictures = attempt(pixels[standing], labels[standing], keys[standing], *(t[standing] for t in more))
-        found[standing] = pictures
-        if number < len(attempts):
-            with torch.no_grad():
-                standing = standing[judge(pictures).argmax(1) == labels[standing]]
-            if not len(standing):
-                break
+        pictures = attempt(pixels[places], labels[places], *(t[places] for t in more))
+        found[places] = torch.where(_wide(stand), pictures, found[places])
+        num_steps += steps
+        if number == len(attempts):
+            break
+        with torch.no_grad():
+            stand = stand & (judge(pictures).argmax(1) == labels[places])
+        if num_steps >= every:
+            # The host waits; a sample that leaves saves a whole attempt.
+            places, num_steps = places[stand], 0
+            stand = torch.ones_like(places, dtype=torch.bool)
+        if not len(places):
+            break
     return found
+
+
+def _wide(mask: Tensor) -> Tensor:
+    """A mask [B] for pictures [B,3,H,W]."""
+    return mask[:, None, None, None]
 
 
 def _sparse_start(pixels: Tensor, radius: float, keys: Tensor, seed: int) -> Tensor:

@@ -49,14 +49,16 @@ def run_evaluation(
 
     Raises:
         StoppedError: some rank was asked to stop; what is finished is kept.
+        UserError: a batch needs more memory than a GPU has; what is finished is kept.
     """
     began = time.perf_counter()
     config, data = question.config, target.data
+    batch_size = _given(config.batch_size)
     samples = np.array(question.samples, np.int64)
     ledger = Ledger(folder)
     classifier = target.classifier.to(rank.device)
-    with val_loader(data, config.batch_size) as loader, classifier.branch(question.branch):
-        runner = Runner(loader, ledger, rank, config.batch_size)
+    with val_loader(data, batch_size) as loader, classifier.branch(question.branch):
+        runner = Runner(loader, ledger, rank, batch_size)
         first = next(iter(loader.iterate([samples[:4]])))
         probe_pictures = pixels_of(first.images, classifier.dtype)
         copy = fast_copy(source or classifier, probe_pictures, "adv" if source else question.branch).to(rank.device)

@@ -19,6 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from arat_dist.models.classifier import Classifier
 from arat_dist.models.split_norm import AttackMode, Branch, SplitNorm
+from arat_dist.numerics import evaluation_numerics
 
 logger = logging.getLogger(__name__)
 
@@ -136,12 +137,10 @@ def attacked(
             logits = classifier(pixels)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False  # else convolutions on GPUs use it
     try:
         classifier.requires_grad_(False)
-        with AttackMode(classifier)("running"):
+        with evaluation_numerics(), AttackMode(classifier)("running"):
             yield net
     finally:
-        torch.backends.cudnn.allow_tf32 = tf32
         for parameter, flag in wanted.items():
             parameter.requires_grad_(flag)

@@ -35,7 +35,7 @@ class Question:
         data_sha256: of the set, from its manifest.
         cut: how its pictures are cut: side, centre crop, loader.
         samples: indices, ascending.
-        config: attack, norm, eps, seed, precision and batch size.
+        config: attack, norm, eps, seed, precision and batch size, the default one too.
         transfer_from: the net that adversarial pictures are made on, as it was named; None: the target itself.
         source_fingerprint: of that net.
         corruptions: further questions.
@@ -73,6 +73,7 @@ class Question:
         return re.sub(r"[^A-Za-z0-9._+-]", "_", "-".join(words))
 
     def _hash(self) -> str:
+        assert self.config.batch_size is not None
         config = self.config.model_dump(
             mode="json", include={"norm", "eps", "restarts", "precision", "batch_size", "seed"}
         )

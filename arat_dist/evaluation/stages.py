@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from arat_dist.data.loader import Batch, Loader
 from arat_dist.engine import Rank
-from arat_dist.errors import StoppedError
+from arat_dist.errors import StoppedError, UserError
 from arat_dist.evaluation.ledger import Columns, Ledger
 from arat_dist.objectives.base import to_pixels
 
@@ -34,6 +35,10 @@ _LEAST_BATCH = 24
 """Pictures below which a batch isn't cut further. On a CPU 8 pictures take 1.6 times as long, each, as 32."""
 _ENOUGH_BATCHES = 16
 """Batches beyond which a stage isn't cut further for the sake of an even share."""
+
+_CPU_BATCH = 128
+_GPU_BATCHES = (64, 1024)
+"""Least and most pictures of a batch on a GPU, where nobody says."""
 
 _WAIT_S = 0.05
 _meetings = itertools.count()
@@ -62,6 +67,23 @@ class Answer:
 
     columns: Columns
     wall_s: float
+
+
+def default_batch_size(image_size: int, device_type: str) -> int:
+    """The batch size where none is given: 128 on a CPU, on a GPU a power of two from 64 to 1,024 by the pictures' size.
+
+    Up to 32 pixels a side it is 1,024, and for twice the side half as many: 128 at 224. Nothing else counts, least of
+    all the memory that is free: how an evaluation is cut decides its random numbers, and it may go on elsewhere.
+
+    Args:
+        image_size: side of the pictures, in pixels.
+        device_type: "cpu", or that of a GPU.
+    """
+    if device_type == "cpu":
+        return _CPU_BATCH
+    least, most = _GPU_BATCHES
+    fitting = max(least, min(most, 32 * most // image_size))
+    return 1 << fitting.bit_length() - 1
 
 
 def cut(samples: Samples, batch_size: int) -> list[Samples]:
@@ -105,6 +127,7 @@ class Runner:
 
         Raises:
             StoppedError: some rank was asked to stop; what is finished is kept.
+            UserError: a batch needs more memory than this rank's GPU has; what is finished is kept.
         """
         began = time.perf_counter()
         batches = cut(stage.samples, self._batch_size)
@@ -132,8 +155,8 @@ class Runner:
         """What this rank has computed when no batch is left: as `_kept` (StoppedError: see `run`)."""
         table = np.zeros((len(stage.columns), len(stage.samples)), np.int64)
         meeting = Meeting(self._rank)
-        for number in meeting.deal(open_batches):
-            columns = self._compute(stage, batches[number])
+        for number, batch in self._taken(meeting, batches, open_batches):
+            columns = self._compute(stage, batch)
             self._ledger.save(stage.name, number, batches[number], columns)
             table[:, spans[number]] = _stacked(stage, columns)
             self._beat()
@@ -146,11 +169,39 @@ class Runner:
             raise StoppedError(None)
         return table
 
-    def _compute(self, stage: Stage, samples: Samples) -> Columns:
-        ((images, labels, keys),) = (Batch(*(t.clone() for t in batch)) for batch in self._loader.iterate([samples]))
+    def _taken(
+        self, meeting: Meeting, batches: Sequence[Samples], open_batches: Sequence[int]
+    ) -> Iterator[tuple[int, Batch]]:
+        """This rank's batches: its even share, from the first on, then what others have not begun, from the last on.
+
+        So the batches that a rank lacks are always the last of its share, and it may load its share ahead although
+        nobody takes a batch before beginning with it.
+        """
+        own = open_batches[self._rank.index :: self._rank.world_size]
+        yield from self._share(meeting, batches, own)
+        for number in reversed([number for number in open_batches if number not in set(own)]):
+            if meeting.take(number):
+                yield number, next(iter(self._loader.iterate([batches[number]])))
+
+    def _share(
+        self, meeting: Meeting, batches: Sequence[Samples], numbers: Sequence[int]
+    ) -> Iterator[tuple[int, Batch]]:
+        """This rank's share, until another rank has taken the next one; while one is worked on, the next ones load."""
+        loading = self._loader.iterate([batches[number] for number in numbers])
+        for number in numbers:
+            if not meeting.take(number):
+                return
+            yield number, next(loading)
+
+    def _compute(self, stage: Stage, batch: Batch) -> Columns:
+        """The answers for a batch, which lies in the loader's buffer (UserError: see `run`)."""
         device = self._rank.device
-        answers = stage.compute(images.to(device), labels.to(device), keys.to(device))
-        return {name: answers[name].cpu().numpy().astype(np.int64) for name in stage.columns}
+        try:
+            images, labels, keys = (tensor.to(device, non_blocking=True) for tensor in batch)
+            answers = stage.compute(images, labels, keys)
+            return {name: answers[name].cpu().numpy().astype(np.int64) for name in stage.columns}
+        except torch.OutOfMemoryError as error:
+            raise UserError(_too_large(len(batch.labels), self._batch_size)) from error
 
     def _shared(self, table: NDArray[np.int64]) -> NDArray[np.int64]:
         """The sum over all ranks."""
@@ -158,7 +209,7 @@ class Runner:
 
 
 class Meeting:
-    """Ranks that share out some batches: each takes the next one when it is done with its last, till none are left.
+    """Ranks that share out some batches: whoever is free takes one that nobody has, till none are left.
 
     So a slow rank, or one with batches that take long, keeps nobody waiting for more than a batch. Every rank makes its
     meetings in the same order.
@@ -169,17 +220,16 @@ class Meeting:
 
     def __init__(self, rank: Rank):
         self._rank, self._name = rank, f"arat-evaluation-{next(_meetings)}"
-        self._alone = {"next": 0, "closed": 0, "left": 0}
-        # The process group's own key-value store: a counter that all ranks add to.
+        self._alone: Counter[str] = Counter()
+        # The process group's own key-value store: counters that all ranks add to.
         self._store: Any = dist.distributed_c10d._get_default_store() if rank.world_size > 1 else None  # noqa: SLF001
 
-    def deal(self, batches: Sequence[int]) -> Iterator[int]:
-        """This rank's batches, until none are left or the meeting is closed."""
-        while not self._add("closed", 0) and (place := self._add("next", 1) - 1) < len(batches):
-            yield batches[place]
+    def take(self, number: int) -> bool:
+        """Whether this rank is the one to work on a batch: the first to ask for it, while the meeting is open."""
+        return not self._add("closed", 0) and self._add(f"batch-{number}", 1) == 1
 
     def close(self) -> None:
-        """Deal no more, to anybody."""
+        """Nobody takes another batch from now on."""
         self._add("closed", 1)
 
     def wait_for_all(self, beat: Callable[[], None]) -> None:
@@ -203,3 +253,15 @@ def pixels_of(images: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _stacked(stage: Stage, columns: Columns) -> NDArray[np.int64]:
     return np.stack([columns[name] for name in stage.columns]) + 1
+
+
+def _too_large(num_pictures: int, batch_size: int) -> str:
+    """What to say of a batch that the GPU's memory doesn't hold: what would halve it."""
+    # A small set is cut finer than it is allowed: then the size that was allowed says nothing.
+    size = batch_size if num_pictures > batch_size // 2 else num_pictures
+    if size == 1:
+        return "--batch-size: 1: not one picture fits into the GPU's memory; a larger GPU or --precision bf16 would do"
+    return (
+        f"--batch-size: {size}: so many pictures at once don't fit into the GPU's memory; --batch-size {size // 2} "
+        "(eval.batch_size in a recipe) would be right"
+    )

@@ -174,7 +174,8 @@ class _Normalise(torch.autograd.Function):
 
 def _affine(x: Tensor, centre: Tensor, scale: Tensor) -> Tensor:
     """(x - centre) * scale with [C] each, by the one kernel that takes bf16 values with float32 factors uncopied."""
-    return F.batch_norm(x, centre, torch.ones_like(centre), scale, eps=0.0)
+    # Not by torch.nn.functional, which refuses an eps of 0 before torch 2.14.
+    return torch.batch_norm(x, scale, None, centre, torch.ones_like(centre), False, 0.0, 0.0, False)
 
 
 def num_ranks() -> int:

@@ -24,8 +24,10 @@ from arat_dist.data.manifest import load_manifest
 from arat_dist.data.order import spread
 from arat_dist.errors import UserError
 from arat_dist.evaluate import eval_config
+from arat_dist.evaluation.stages import default_batch_size
 from arat_dist.losses import cross_entropy
 from arat_dist.models.classifier import Classifier
+from arat_dist.numerics import evaluation_numerics
 from arat_dist.objectives.base import to_pixels
 from arat_dist.report.gather import RunRecord
 from arat_dist.storage import Storage
@@ -134,18 +136,15 @@ def attack_target(target: Target, *, limit: int, num_shown: int, on_progress: On
     # A ball of linf 1 holds every picture there is.
     largest = 1.0 if config.norm == "linf" else np.inf
     radii = np.array([factor * config.eps for factor in FACTORS if factor == 1 or factor * config.eps <= largest])
-    tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
-    try:
-        with val_loader(target.data.model_copy(update={"stage_to": None}), config.batch_size) as loader:
-            samples = spread(loader.num_samples, min(limit, loader.num_samples))
-            num_attacks = len(samples) * len(radii)
-            labels, predictions, broken_at = _break(
-                net, loader, samples, radii, config, lambda done: on_progress(done, num_attacks)
-            )
-            shown = choose(broken_at, config.eps, num_shown)
-            pictures = _attack_shown(net, loader, samples[shown], config)
-    finally:
-        torch.backends.cudnn.allow_tf32 = tf32
+    data, batch_size = target.data.model_copy(update={"stage_to": None}), _batch_size(target, device)
+    with evaluation_numerics(), val_loader(data, batch_size) as loader:
+        samples = spread(loader.num_samples, min(limit, loader.num_samples))
+        num_attacks = len(samples) * len(radii)
+        labels, predictions, broken_at = _break(
+            net, loader, _batches(samples, batch_size), radii, config, lambda done: on_progress(done, num_attacks)
+        )
+        shown = choose(broken_at, config.eps, num_shown)
+        pictures = _attack_shown(net, loader, _batches(samples[shown], batch_size), config)
     return Attacked(
         samples,
         labels,
@@ -178,15 +177,15 @@ def choose(broken_at: NDArray[Any], eps: float, count: int) -> NDArray[np.int64]
 def _break(
     net: Classifier,
     loader: Loader,
-    samples: NDArray[np.int64],
+    batches: list[NDArray[np.int64]],
     radii: NDArray[np.float64],
     config: EvalConfig,
     report: Callable[[int], None],
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-    """Labels, clean predictions and broken_at of the samples: each radius attacks what all smaller ones left right."""
+    """Labels, clean predictions and broken_at of some batches: each radius attacks what all smaller ones left right."""
     found, done = [], 0
     device = net.mean.device
-    for images, labels, keys in loader.iterate(_batches(samples, config.batch_size)):
+    for images, labels, keys in loader.iterate(batches):
         pixels, labels, keys = to_pixels(images.to(device), net.dtype), labels.to(device), keys.to(device)
         predictions = _logits(net, pixels).argmax(1)
         broken_at = torch.where(predictions == labels, torch.inf, 0.0).double()
@@ -204,15 +203,15 @@ def _break(
 
 
 def _attack_shown(
-    net: Classifier, loader: Loader, samples: NDArray[np.int64], config: EvalConfig
+    net: Classifier, loader: Loader, batches: list[NDArray[np.int64]], config: EvalConfig
 ) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Clean and adversarial pictures of a few samples, predictions after the attack, and confidences."""
     assert config.eps is not None
     device, found = net.mean.device, []
-    if not len(samples):
+    if not batches:
         nothing = np.empty((0, 0, 0, 3))
         return nothing.astype(np.uint8), nothing.astype(np.float32), np.empty(0, np.int64), np.empty((0, 2), np.float32)
-    for images, labels, keys in loader.iterate(_batches(samples, config.batch_size)):
+    for images, labels, keys in loader.iterate(batches):
         pixels, labels, keys = to_pixels(images.to(device), net.dtype), labels.to(device), keys.to(device)
         adversarial = _pgd(net, pixels, labels, keys, config.eps, config)
         before, after = (_logits(net, each).softmax(1).max(1) for each in (pixels, adversarial))
@@ -235,6 +234,11 @@ def _pgd(net: Classifier, pixels: Tensor, labels: Tensor, keys: Tensor, eps: flo
 def _logits(net: Classifier, pixels: Tensor) -> Tensor:
     with torch.no_grad(), net.branch("adv"):
         return net(pixels)
+
+
+def _batch_size(target: Target, device: torch.device) -> int:
+    """The target's own, or what suits the device."""
+    return target.config.batch_size or default_batch_size(target.data.image_size, device.type)
 
 
 def _batches(samples: NDArray[np.int64], size: int) -> list[NDArray[np.int64]]:

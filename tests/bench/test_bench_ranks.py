@@ -4,6 +4,7 @@ import os
 from multiprocessing import active_children
 
 import pytest
+from toys import is_installed
 
 from arat_dist.bench.engine import bench_engine
 from arat_dist.bench.ranks import RankGroup
@@ -25,6 +26,7 @@ def recipe() -> Recipe:
     )
 
 
+@pytest.mark.skipif(not is_installed("deepspeed"), reason="DeepSpeed is not installed")
 def test_every_engine_is_measured():
     result = bench_engine(recipe(), workers=2, device="cpu", repeats=1, on_progress=lambda _: None)
     engines = {engine["engine"]: engine for engine in result["engines"]}

@@ -2,25 +2,29 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from toys import Sets, toy_classifier
+from toys import Sets, toy_classifier, toy_recipe
 
-from arat_dist.config import EvalConfig
+from arat_dist.config import ClusterConfig, EvalConfig
 from arat_dist.data.beton_writer import write_beton
 from arat_dist.data.sources import open_source
 from arat_dist.errors import UserError
 from arat_dist.evaluation.corruptions import Corruption
 from arat_dist.evaluation.question import Question, fingerprint, slug
 from arat_dist.evaluation.samples import choose_samples
+from arat_dist.targets import Target
+from launcher.evaluate import Wanted, open_wanted
 
 
 def config(**keys: Any) -> EvalConfig:
-    return EvalConfig.model_validate({"attack": "autoattack", "norm": "linf", "eps": "8/255", **keys})
+    values = {"attack": "autoattack", "norm": "linf", "eps": "8/255", "batch_size": 128, **keys}
+    return EvalConfig.model_validate(values)
 
 
 QUESTION = Question(
@@ -92,6 +96,63 @@ def test_a_fingerprint_is_of_every_number_of_the_net():
     assert fingerprint(net.float()) != before
     net.backbone.conv1.weight.data = net.backbone.conv1.weight.data.to(torch.bfloat16)
     assert len(fingerprint(net)) == 64
+
+
+# The default batch size ----------------------------------------------------------------------------------------------
+
+
+def opened(
+    monkeypatch: pytest.MonkeyPatch,
+    sets: Sets,
+    *,
+    gpu: bool,
+    num_workers: int = 0,
+    said: int | None = None,
+    is_run: bool = True,
+    cluster: ClusterConfig | None = None,
+    **changes: Any,
+) -> EvalConfig:
+    """The section that an evaluation of pictures of 16x16 asks by, on a machine with a GPU or without one."""
+    recipe = toy_recipe(sets, eval={"batch_size": said}, cluster=(cluster or ClusterConfig()).model_dump())
+    section = recipe.eval.model_copy(update={"norm": "linf", "eps": 8 / 255, "batch_size": said or 77})
+    run: Any = SimpleNamespace(recipe=lambda: recipe) if is_run else None
+    target = Target("there", toy_classifier(), recipe.cluster if is_run else None, recipe.data, section, run=run)
+    monkeypatch.setattr("launcher.evaluate.open_target", lambda *_, **__: target)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    return open_wanted(Wanted("there", changes=changes), num_workers)[1]
+
+
+@pytest.mark.parametrize("is_run", [True, False])
+def test_the_default_goes_by_the_device_of_the_evaluation(monkeypatch, sets, is_run):
+    """And not by what the target has in its section, which is for the device of its training."""
+    assert opened(monkeypatch, sets, gpu=False, is_run=is_run).batch_size == 128
+    assert opened(monkeypatch, sets, gpu=True, is_run=is_run).batch_size == 1024
+    assert opened(monkeypatch, sets, gpu=True, is_run=is_run, batch_size=48).batch_size == 48
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_a_recipe_that_says_a_batch_size_keeps_it(monkeypatch, sets, gpu):
+    assert opened(monkeypatch, sets, gpu=gpu, said=5).batch_size == 5
+    assert opened(monkeypatch, sets, gpu=gpu, said=128).batch_size == 128
+    assert opened(monkeypatch, sets, gpu=gpu, said=5, batch_size=48).batch_size == 48
+
+
+@pytest.mark.parametrize(("gpus", "expected"), [(1, 1024), (0, 128)])
+def test_in_a_cluster_the_device_is_that_of_the_runs_workers(monkeypatch, sets, gpus, expected):
+    """This machine, which may have a GPU or none, is not where the workers are."""
+    cluster = ClusterConfig(address="ray://there", gpus_per_worker=gpus)
+    for gpu in (True, False):
+        assert opened(monkeypatch, sets, gpu=gpu, cluster=cluster, num_workers=2).batch_size == expected
+        assert opened(monkeypatch, sets, gpu=gpu, cluster=cluster).batch_size == (1024 if gpu else 128)
+
+
+def test_on_a_cpu_a_question_finds_the_folder_of_before(monkeypatch, sets):
+    """The label as it was when the default was a fixed 128."""
+    before = "autoattack-linf-8_255-ema-3-val-89a8dbcf"
+    asked = opened(monkeypatch, sets, gpu=False, attack="autoattack")
+    assert replace(QUESTION, config=asked).label == before
+    assert replace(QUESTION, config=config(batch_size=128)).label == before
+    assert replace(QUESTION, config=opened(monkeypatch, sets, gpu=True, attack="autoattack")).label != before
 
 
 @pytest.mark.parametrize(

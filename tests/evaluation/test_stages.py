@@ -2,6 +2,8 @@
 
 import json
 import logging
+import threading
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,12 +14,13 @@ import pytest
 import torch
 from ranks import on_ranks
 from torch import Tensor
+from toys import Sets, toy_recipe
 
-from arat_dist.data.loader import Batch
+from arat_dist.data.loader import Batch, Loader, val_loader
 from arat_dist.engine import Rank
-from arat_dist.errors import StoppedError
+from arat_dist.errors import StoppedError, UserError
 from arat_dist.evaluation.ledger import Ledger
-from arat_dist.evaluation.stages import Runner, Stage, cut
+from arat_dist.evaluation.stages import Runner, Stage, cut, default_batch_size
 from arat_dist.storage import Storage
 
 CPU = torch.device("cpu")
@@ -54,9 +57,11 @@ def stage(seen: list[list[int]], samples: Any = SAMPLES) -> Stage:
     return Stage("squares", samples, ("square", "label"), partial(compute, seen))
 
 
-def runner(folder: Path | None, rank: Rank | None = None, batch_size: int = 16, **keys: Any) -> Runner:
+def runner(
+    folder: Path | None, rank: Rank | None = None, batch_size: int = 16, loader: Loader | None = None, **keys: Any
+) -> Runner:
     ledger = Ledger(None if folder is None else Storage(folder))
-    return Runner(Pictures(), ledger, rank or Rank(0, 1, CPU), batch_size, **keys)
+    return Runner(loader or Pictures(), ledger, rank or Rank(0, 1, CPU), batch_size, **keys)
 
 
 NOTE = {"num_samples": 100, "cost": 1, "later_cost": 0}
@@ -75,6 +80,18 @@ def test_a_stage_is_cut_into_equal_batches_that_share_out_evenly(count, batch_si
     assert len(batches) in (0, 1, 2, 4) or len(batches) % 8 == 0 or max(sizes) == 1
     if count == 5000 and batch_size == 128:
         assert len(batches) == 40
+
+
+@pytest.mark.parametrize(
+    ("image_size", "on_gpu"),
+    [
+        *((8, 1024), (28, 1024), (32, 1024), (33, 512), (64, 512), (96, 256), (128, 256)),
+        *((160, 128), (224, 128), (256, 128), (299, 64), (384, 64), (512, 64), (100_000, 64)),
+    ],
+)
+def test_a_batch_is_as_large_as_pictures_are_small(image_size, on_gpu):
+    assert default_batch_size(image_size, "cuda") == on_gpu
+    assert default_batch_size(image_size, "cpu") == 128
 
 
 def test_answers_stand_in_the_order_of_the_samples():
@@ -156,8 +173,133 @@ def test_without_samples_nothing_is_asked():
     assert answer.columns["square"].tolist() == []
 
 
+class Counted(Pictures):
+    """Notes what each iteration was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[list[int]]] = []
+
+    def iterate(self, shares: Sequence[Any], side_at: Any = None) -> Any:
+        self.asked.append([list(map(int, share)) for share in shares])
+        return super().iterate(shares, side_at)
+
+
+def test_a_rank_alone_goes_through_what_is_open_in_one_iteration(tmp_path):
+    batches = [batch.tolist() for batch in cut(SAMPLES, 4)]
+    loader = Counted()
+    runner(tmp_path, batch_size=4, loader=loader).run(stage([]), **NOTE)
+    assert loader.asked == [batches]
+    for number in (2, 5, 6):
+        (tmp_path / f"ledger/squares/{number:06}.json").unlink()
+    loader = Counted()
+    runner(tmp_path, batch_size=4, loader=loader).run(stage([]), **NOTE)
+    assert loader.asked == [[batches[number] for number in (2, 5, 6)]]
+
+
+def loading() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "beton-loader"]
+
+
+@pytest.mark.parametrize("loader_name", ["ffcv", "torchvision"])
+def test_batches_lie_in_a_ring_and_are_whole_when_they_are_asked_about(sets: Sets, loader_name):
+    """More batches than the ring has buffers, each looked at late, when those that follow have been loaded."""
+    data = toy_recipe(sets, data={"loader": loader_name}).data
+    seen: list[int] = []
+    with val_loader(data, 1) as loader:
+        alone = {int(b.keys): (b.images.clone(), int(b.labels)) for b in loader.iterate([[i] for i in range(23)])}  # pyright: ignore[reportArgumentType]
+
+        def compare(images: Tensor, labels: Tensor, keys: Tensor) -> dict[str, Tensor]:
+            time.sleep(0.02)
+            for image, label, key in zip(images, labels.tolist(), keys.tolist(), strict=True):
+                assert torch.equal(image, alone[key][0][0])
+                assert label == alone[key][1]
+            seen.extend(keys.tolist())
+            return {"label": labels}
+
+        answer = runner(None, batch_size=1, loader=loader).run(
+            Stage("look", np.arange(23), ("label",), compare), **NOTE
+        )
+    assert seen == list(range(23))
+    assert answer.columns["label"].tolist() == [alone[key][1] for key in range(23)]
+
+
+def test_the_next_batches_are_loaded_while_one_is_asked_about(sets: Sets, monkeypatch):
+    loaded: list[int] = []
+    threads: set[threading.Thread] = set()
+    with val_loader(toy_recipe(sets).data, 2) as loader:
+        fill = loader._fill  # pyright: ignore[reportAttributeAccessIssue]
+        monkeypatch.setattr(loader, "_fill", lambda *args: loaded.extend(args[3]) or fill(*args))
+
+        def wait_for_the_next(images: Tensor, labels: Tensor, keys: Tensor) -> dict[str, Tensor]:
+            threads.update(loading())
+            deadline = time.monotonic() + 60
+            while max(loaded) < min(22, int(keys.max()) + 1):
+                assert time.monotonic() < deadline, "nothing is loaded ahead"
+                time.sleep(0.01)
+            return {"label": labels}
+
+        runner(None, batch_size=2, loader=loader).run(
+            Stage("look", np.arange(23), ("label",), wait_for_the_next), **NOTE
+        )
+        assert len(threads) == 1, "one thread goes through all batches"
+        assert not loading()
+    assert loaded == list(range(23))
+
+
+def test_who_stops_leaves_nothing_that_loads(sets: Sets, tmp_path):
+    seen: list[int] = []
+
+    def note(images: Tensor, labels: Tensor, keys: Tensor) -> dict[str, Tensor]:
+        seen.append(len(keys))
+        return {"label": labels}
+
+    with val_loader(toy_recipe(sets).data, 2) as loader:
+        asked = Rank(0, 1, CPU, stop_wanted=lambda: len(seen) >= 2)
+        with pytest.raises(StoppedError):
+            runner(tmp_path, asked, 2, loader).run(Stage("look", np.arange(23), ("label",), note), **NOTE)
+        assert len(seen) == 2
+        assert len(list((tmp_path / "ledger/look").iterdir())) == 2
+        assert not loading()
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "count", "size", "half"),
+    [(64, 1024, 64, 32), (128, 4000, 128, 64), (128, 1000, 63, 31), (1024, 100, 25, 12), (3, 5, 3, 1)],
+)
+def test_a_batch_that_the_gpu_cannot_hold_is_answered_with_half_of_it(tmp_path, batch_size, count, size, half):
+    """Where a small set is cut into batches below half of what is allowed, half of the batch is what would help."""
+    done: list[list[int]] = []
+
+    def grows(images: Tensor, labels: Tensor, keys: Tensor) -> dict[str, Tensor]:
+        if done:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total ...")
+        return compute(done, images, labels, keys)
+
+    question = Stage("squares", np.arange(count) % 300, ("square", "label"), grows)
+    with pytest.raises(UserError) as error:
+        runner(tmp_path, batch_size=batch_size).run(question, **NOTE)
+    message = str(error.value)
+    assert message.startswith(f"--batch-size: {size}: ")
+    assert f"--batch-size {half} (eval.batch_size in a recipe) would be right" in message
+    assert "\n" not in message
+    assert [path.name for path in (tmp_path / "ledger/squares").iterdir()] == ["000000.json"]
+    # With what was said a batch is smaller than the one that didn't fit.
+    assert max(map(len, cut(np.arange(count), half))) < max(map(len, cut(np.arange(count), batch_size)))
+
+
+def test_a_single_picture_that_the_gpu_cannot_hold_is_said_to_be_one():
+    def fails(images: Tensor, labels: Tensor, keys: Tensor) -> dict[str, Tensor]:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(UserError, match="not one picture fits into the GPU's memory; a larger GPU or"):
+        runner(None, batch_size=1).run(Stage("squares", SAMPLES, ("square",), fails), **NOTE)
+
+
 def share(rank: Rank, folder: Path) -> dict[str, Any]:
-    """Three stages of one rank among several: what it computed, and what it was told; the second is half known."""
+    """Four stages of one rank among several: what it computed, and what it was told.
+
+    The second is half known, in the third the second rank is slow, in the last it is asked to stop.
+    """
     seen: list[list[int]] = []
     work = runner(folder, rank, 4)
     whole = work.run(stage(seen), **NOTE).columns
@@ -169,13 +311,34 @@ def share(rank: Rank, folder: Path) -> dict[str, Any]:
     rank.all_reduce(torch.zeros(1))
     again: list[list[int]] = []
     work.run(stage(again), **NOTE)
+    own: list[list[int]] = []
+
+    def uneven(images: Tensor, labels: Tensor, keys: Tensor) -> dict[str, Tensor]:
+        """The first rank waits for the second to begin, the second until it has the last batch that isn't done."""
+        (folder / f"begun-{rank.index}-{len(own)}").touch()
+        num_begun = 2 if rank.is_first else len(cut(SAMPLES, 4))
+        deadline = time.monotonic() + 120
+        while len(list(folder.glob("begun-*"))) < num_begun:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        return compute(own, images, labels, keys)
+
+    loader = Counted()
+    runner(None, rank, 4, loader).run(Stage("uneven", SAMPLES, ("square", "label"), uneven), **NOTE)
     try:
         stopping = Rank(rank.index, rank.world_size, CPU, stop_wanted=lambda: rank.index == 1)
         runner(None, stopping, 4).run(stage([]), **NOTE)
         stopped = False
     except StoppedError:
         stopped = True
-    return {"seen": seen, "again": again, "square": whole["square"].tolist(), "stopped": stopped}
+    return {
+        "seen": seen,
+        "again": again,
+        "square": whole["square"].tolist(),
+        "stopped": stopped,
+        "own": own,
+        "asked": loader.asked,
+    }
 
 
 def test_ranks_share_the_batches_and_agree_on_the_answer(tmp_path):
@@ -187,3 +350,10 @@ def test_ranks_share_the_batches_and_agree_on_the_answer(tmp_path):
     assert all(each["seen"] for each in answers)
     assert all(each["square"] == (SAMPLES**2).tolist() for each in answers)
     assert all(each["stopped"] for each in answers), "one rank alone must not stop"
+    # A slow rank keeps the first of its share, the fast one takes what is left of it; a share loads in one iteration.
+    fast, slow = (each["own"] for each in answers)
+    assert slow == [batches[1]]
+    left = batches[:2:-2] if len(batches) % 2 == 0 else batches[-2:2:-2]
+    assert fast == [*batches[::2], *left]
+    assert answers[0]["asked"] == [batches[::2], *([batch] for batch in left)]
+    assert answers[1]["asked"] == [batches[1::2]]
