@@ -17,10 +17,13 @@ test: setup ## run all tests but the slow ones
 	$(BIN)/python -m pytest -n 2 --dist loadfile tests --ignore tests/integration --ignore tests/slow
 	$(BIN)/python -m pytest tests/integration
 
-test-oldest: setup ## the unit tests with the oldest torch that is supported, without Ray, FFCV, MLflow and DeepSpeed
+# What depends on torch: the method, its engine, data and evaluation.
+OLDEST := agreement attacks averaging balls checkpoint cuda_graph device_augment devices diagnostics engine evaluate \
+    export fusion guard losses mixing optim picture_ops saving step system train world_size
+test-oldest: setup ## the unit tests of the method with the oldest torch, without Ray, FFCV, MLflow and DeepSpeed
 	@sh .ci/oldest.sh
-	PYTHONPATH=. .venv-oldest/bin/python -m pytest -n 2 --dist loadfile tests \
-	    --ignore tests/integration --ignore tests/slow --ignore tests/report
+	PYTHONPATH=. .venv-oldest/bin/python -m pytest -n 2 --dist loadfile tests/bench tests/data tests/evaluation \
+	    tests/fake_cuda tests/models tests/objectives $(OLDEST:%=tests/test_%.py)
 	PYTHONPATH=. .venv-oldest/bin/python benchmarks/gpu.py --device cpu --small --out $$(mktemp -d)
 
 gpu-small: setup ## what benchmarks/gpu.py does on a GPU, in small on the CPU

@@ -24,7 +24,7 @@ class Point(NamedTuple):
     gradient: Tensor
 
     def keep(self, mask: Tensor) -> Point:
-        """The samples where the mask [B] holds."""
+        """The samples where a mask bool [B] holds, or at positions int64 [n]."""
         return Point(*(tensor[mask] for tensor in self))
 
 
@@ -43,7 +43,7 @@ class Climb(Protocol):
         ...
 
     def keep(self, mask: Tensor) -> Self:
-        """Go on with the samples where the mask [B] holds alone; what is left climbs as it would have. Itself."""
+        """Go on with the samples that a mask or positions name alone; they climb as they would have. Itself."""
         ...
 
 

@@ -57,11 +57,9 @@ def write_toy_beton(source: BlotchSource, path: Path) -> None:
     if not is_installed("ffcv"):
         from benchmarks.gpu_parts.beton_file import Stored, write_beton
 
-        pictures = [
-            (picture.tobytes(), *picture.shape[:2], False, label)
-            for picture, label in map(source.__getitem__, range(len(source)))
-        ]
-        write_beton(path, [Stored(*each) for each in pictures], source.class_names, source.description)
+        pairs = map(source.__getitem__, range(len(source)))
+        stored = [Stored(picture.tobytes(), 16, 16, is_jpeg=False, label=label) for picture, label in pairs]
+        write_beton(path, stored, source.class_names, source.description)
         return
     from arat_dist.data.beton_writer import write_beton
 

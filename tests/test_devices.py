@@ -87,7 +87,7 @@ def test_an_operation_without_a_deterministic_algorithm_is_named(sets):
 
 def settings() -> tuple[str, bool, bool, bool]:
     return (
-        torch.backends.cuda.matmul.fp32_precision,
+        str(torch.backends.cuda.matmul.fp32_precision),
         torch.backends.cudnn.allow_tf32,
         torch.backends.cudnn.benchmark,
         torch.are_deterministic_algorithms_enabled(),

@@ -139,7 +139,7 @@ def refuse(*_: object) -> None:
 
 
 def test_what_nvml_refuses_is_left_out_and_ends_nothing(monkeypatch):
-    """Slices of a GPU tell no utilization, a GPU that fell off its bus nothing, and some containers not even a count."""
+    """Slices of a GPU tell no utilization, a GPU that fell off its bus nothing, some containers not even a count."""
 
     def handle(index: int) -> int:
         return refuse() if index == 1 else index  # pyright: ignore[reportReturnType]

@@ -586,7 +586,9 @@ def test_the_average_that_a_run_ends_with_has_its_own_statistics(sets: Sets, tmp
 def test_a_run_on_copies_reads_nothing_else_and_is_the_same(sets: Sets, tmp_path, monkeypatch):
     opened: list[Path] = []
 
-    class Recording(loader_class(toy_recipe(sets).data)):
+    loader: Any = loader_class(toy_recipe(sets).data)
+
+    class Recording(loader):
         def __init__(self, path: Any, **settings: Any):
             opened.append(Path(path))
             super().__init__(path, **settings)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from beton_pictures import Pictures, smooth_picture
 
+
 @pytest.fixture(scope="session")
 def small() -> Pictures:
     """37 random pictures of 32x32: stored raw."""

@@ -83,6 +83,14 @@ def test_a_stage_is_cut_into_equal_batches_that_share_out_evenly(count, batch_si
 
 
 @pytest.mark.parametrize(
+    ("count", "batch_size", "sizes"),
+    [(1000, 128, [62, 63]), (1000, 1024, [250]), (8000, 1024, [500]), (100, 1024, [100]), (100, 64, [25])],
+)
+def test_batches_for_a_gpu_are_not_cut_as_fine_as_those_for_a_cpu(count, batch_size, sizes):
+    assert sorted({len(batch) for batch in cut(np.arange(count), batch_size)}) == sizes
+
+
+@pytest.mark.parametrize(
     ("image_size", "on_gpu"),
     [
         *((8, 1024), (28, 1024), (32, 1024), (33, 512), (64, 512), (96, 256), (128, 256)),
@@ -264,7 +272,7 @@ def test_who_stops_leaves_nothing_that_loads(sets: Sets, tmp_path):
 
 @pytest.mark.parametrize(
     ("batch_size", "count", "size", "half"),
-    [(64, 1024, 64, 32), (128, 4000, 128, 64), (128, 1000, 63, 31), (1024, 100, 25, 12), (3, 5, 3, 1)],
+    [(64, 1024, 64, 32), (128, 4000, 128, 64), (128, 1000, 63, 31), (1024, 400, 200, 100), (3, 5, 3, 1)],
 )
 def test_a_batch_that_the_gpu_cannot_hold_is_answered_with_half_of_it(tmp_path, batch_size, count, size, half):
     """Where a small set is cut into batches below half of what is allowed, half of the batch is what would help."""
