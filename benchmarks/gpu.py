@@ -73,7 +73,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--part", action="append", choices=list(SHARES), help="this part alone; may be given again")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--small", action="store_true", help="shrink everything: does the command work?")
-    parser.add_argument("--data", type=Path, help="cifar10.tar.xz; default: $ARAT_SAMPLE_DATA's, .gpu's, or the digits")
+    parser.add_argument("--data", type=Path, help="cifar10.tar.xz; default: $ARAT_SAMPLE_DATA's, or the digits")
     for hidden, kind in (("--child", str), ("--scratch", Path), ("--seconds", float)):
         parser.add_argument(hidden, type=kind, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
@@ -187,7 +187,7 @@ def run_child(args: argparse.Namespace) -> None:
     from gpu_parts.pictures import find_cifar
     from gpu_parts.settings import Settings
 
-    args.data = None if args.small else find_cifar(args.data, ROOT)
+    args.data = None if args.small else find_cifar(args.data)
     settings = Settings.of(args)
     if args.device == "cpu":
         torch.set_num_threads(1 if args.small else len(os.sched_getaffinity(0)))

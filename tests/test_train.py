@@ -365,6 +365,8 @@ def test_summary_and_files_of_a_run(sets: Sets, tmp_path):
         "steps",
         "samples_seen",
         "world_size",
+        "device",
+        "tf32",
         "clean_accuracy",
         "robust_accuracy",
         "robust_attack",
@@ -379,6 +381,7 @@ def test_summary_and_files_of_a_run(sets: Sets, tmp_path):
     }
     assert (summary["epochs"], summary["steps"], summary["samples_seen"]) == (3, NUM_STEPS, 3 * 44)
     assert (summary["weights"], summary["num_samples"], summary["world_size"]) == ("raw", 23, 1)
+    assert (summary["device"], summary["tf32"]) == ("cpu", False)
     assert 0 <= summary["robust_accuracy"] <= summary["clean_accuracy"] <= 1
     assert summary["train_images_per_second"] > 0
     last = run.metrics()[-1]

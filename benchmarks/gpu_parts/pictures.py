@@ -31,13 +31,13 @@ class Sets(NamedTuple):
     val: Path
 
 
-def find_cifar(given: Path | None, root: Path) -> Path | None:
-    """The archive that was named, or the first of the usual places that has it; None where there is none."""
-    if given is not None:
-        return given
+def find_cifar(given: Path | None) -> Path | None:
+    """The archive that was named, or that of the sample data; None where there is none."""
     folder = os.environ.get("ARAT_SAMPLE_DATA")
-    places = [*([Path(folder) / "cifar10.tar.xz"] if folder else []), root / ".gpu" / "cifar10.tar.xz"]
-    return next((place for place in places if place.is_file()), None)
+    if given is not None or folder is None:
+        return given
+    archive = Path(folder) / "cifar10.tar.xz"
+    return archive if archive.is_file() else None
 
 
 def cifar_or_digits(archive: Path | None, scratch: Path) -> Sets:
