@@ -17,6 +17,7 @@ import torch
 from arat_dist.config import Recipe
 from arat_dist.data.loader import Batch
 from arat_dist.engine import Engine, Rank
+from arat_dist.errors import UserError
 from arat_dist.step import Inspect, Step, StepResult, TrainStep
 
 NUM_WARMUPS = 3
@@ -66,11 +67,30 @@ class CudaRecorder:
         torch.cuda.current_stream().wait_stream(self._stream)
 
     def record(self, work: Callable[[], StepResult]) -> tuple[Callable[[], None], StepResult]:
-        """See `Recorder`."""
-        graph = torch.cuda.CUDAGraph()
-        # Other threads, which load pictures and write checkpoints, go on calling CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-            result = work()
+        """See `Recorder`.
+
+        Raises:
+            UserError: the capture was broken off, by a wait for the device for example; what that leaves of torch's
+                allocator and generators can't be trained with.
+            RuntimeError: what else went wrong in the work, such as memory that ran out; the training may go on.
+        """
+        graph, before, failed, result = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), None, None
+        try:
+            # Other threads, which load pictures and write checkpoints, go on calling CUDA meanwhile.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                try:
+                    result = work()
+                except RuntimeError as error:
+                    failed = error
+        except RuntimeError as error:
+            torch.cuda.set_stream(before)
+            culprit = failed or error
+            raise UserError(
+                f"train.cuda_graph: true: the step can't be captured ({_line(culprit)}); false trains without"
+            ) from culprit
+        if failed is not None:
+            raise failed
+        assert result is not None
         return graph.replay, result
 
 
@@ -93,7 +113,7 @@ class GraphedStep:
     the seed of dropout, which torch hands to a graph at each replay. Steps that diagnostics look into run as they are,
     and so do those of kinds that don't come back, such as every step of an eps warm-up.
 
-    Where capture fails, training goes on without: a warning says why.
+    Where a capture fails for lack of memory, training goes on without: a warning says so.
 
     Args:
         step: what is captured.

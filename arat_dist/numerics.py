@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any, cast
 
 import torch
 
@@ -32,13 +33,17 @@ def evaluation_numerics() -> AbstractContextManager[None]:
 
 @contextmanager
 def _numerics(*, tf32: bool, benchmark: bool, deterministic: bool) -> Iterator[None]:
-    backends = torch.backends
+    backends, options = torch.backends, cast("Any", torch.utils.deterministic)
+    filling = options.fill_uninitialized_memory
     before = _tf32_of_matmul(), _tf32_of_cudnn(), backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
     _set(tf32, tf32, benchmark, deterministic)
+    # A kernel for each empty tensor, against code that reads memory which it never wrote.
+    options.fill_uninitialized_memory = False
     try:
         yield
     finally:
         _set(*before)
+        options.fill_uninitialized_memory = filling
 
 
 def _set(tf32_of_matmul: bool, tf32_of_cudnn: bool, benchmark: bool, deterministic: bool) -> None:

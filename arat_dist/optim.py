@@ -32,8 +32,11 @@ def build_optimizer(module: nn.Module, config: OptimConfig, *, capturable: bool 
     groups = param_groups_weight_decay(module, config.weight_decay, no_weight_decay_list=sorted(exempt))
     lr = torch.tensor(config.lr, device=next(module.parameters()).device) if capturable else config.lr
     if config.name == "adamw":
-        is_on_gpu = capturable and isinstance(lr, Tensor) and lr.is_cuda
-        return torch.optim.AdamW(groups, lr=lr, betas=config.betas, fused=True, capturable=is_on_gpu)
+        is_on_gpu = isinstance(lr, Tensor) and lr.is_cuda
+        adamw = torch.optim.AdamW(groups, lr=lr, betas=config.betas, fused=True, capturable=is_on_gpu)
+        # Else it warns of each step that runs uncaptured, as those before the capture do.
+        adamw._warned_capturable_if_run_uncaptured = True  # noqa: SLF001  # pyright: ignore[reportAttributeAccessIssue]
+        return adamw
     sgd = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
     begin_momentum(sgd, [p for group in sgd.param_groups for p in group["params"]])
     return sgd

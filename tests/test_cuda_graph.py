@@ -1,7 +1,10 @@
 """Steps that are replayed are the steps that they stand for: on a CPU, by a tape in the place of CUDA graphs."""
 
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +23,7 @@ from arat_dist.config import (
     OptimConfig,
     TRADESConfig,
 )
-from arat_dist.cuda_graph import NUM_WARMUPS, GraphedStep, build_step
+from arat_dist.cuda_graph import NUM_WARMUPS, CudaRecorder, GraphedStep, build_step
 from arat_dist.data.loader import Batch
 from arat_dist.engine import Rank, build_engine
 from arat_dist.errors import UserError
@@ -204,6 +207,45 @@ def test_a_step_that_cannot_be_captured_is_taken_as_it_is_and_said_once(monkeypa
     assert len(caplog.records) == 1
     assert "train.cuda_graph: the step can't be captured" in caplog.text
     assert "and more lines" not in caplog.text
+
+
+@pytest.fixture
+def recorder(monkeypatch) -> Callable[[bool], CudaRecorder]:
+    """Recorders over stand-ins for torch's graphs, whose end fails, as after a wait for the device, or doesn't."""
+
+    def build(end_fails: bool) -> CudaRecorder:
+        @contextmanager
+        def capture(*_: Any, **__: Any) -> Iterator[None]:
+            yield
+            if end_fails:
+                raise RuntimeError("operation failed due to a previous error during capture")
+
+        for name in ("Stream", "CUDAGraph", "graph_pool_handle", "current_stream", "set_stream"):
+            monkeypatch.setattr(torch.cuda, name, lambda *_: SimpleNamespace(replay=lambda: None))
+        monkeypatch.setattr(torch.cuda, "graph", capture)
+        return CudaRecorder(torch.device("cuda"))
+
+    return build
+
+
+def fails() -> StepResult:
+    raise RuntimeError("operation not permitted when stream is capturing\nCUDA kernel errors might be ...")
+
+
+def test_a_capture_that_is_broken_off_ends_the_run_and_names_the_culprit(recorder):
+    """torch's allocator and generators can't be trusted afterwards, and its own error hides the first one."""
+    line = r"train.cuda_graph: true: the step can't be captured \(operation not permitted .* capturing\); false"
+    with pytest.raises(UserError, match=line):
+        recorder(True).record(fails)
+    with pytest.raises(UserError, match="due to a previous error"):
+        recorder(True).record(lambda: Run("at", SGD, None).take(0))
+
+
+def test_an_error_that_lets_a_capture_end_well_is_the_works_own(recorder):
+    with pytest.raises(RuntimeError, match="not permitted"):
+        recorder(False).record(fails)
+    result = StepResult([], 0, torch.ones(()), torch.ones(()))
+    assert recorder(False).record(lambda: result)[1] is result
 
 
 def test_several_ranks_train_without_a_graph_and_say_so(sets, caplog):

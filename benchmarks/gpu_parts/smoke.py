@@ -72,17 +72,19 @@ def run(settings: Settings, journal: Journal) -> None:
 
 def cases(settings: Settings) -> list[list[Case]]:
     """Those before the runs, and the others; each once."""
-    first = [Case("arat", "fp32", *EAGER), *(Case("arat", "bf16", *mode) for mode in (EAGER, GRAPHED, BOTH))]
+    first = [Case("arat", "fp32", *EAGER), *(Case("arat", "bf16", *mode) for mode in (EAGER, GRAPHED))]
+    # A cold compiler takes most of a minute: behind the runs.
+    compiled = [Case("arat", "bf16", *mode) for mode in (BOTH, COMPILED)]
     kinds = [EAGER, GRAPHED, BOTH, COMPILED]
     rest = [Case(m, p, *mode) for mode in kinds for p in PRECISIONS for m in METHODS]
     # What fp16 adds comes last.
     rest = [case for is_last in (False, True) for case in rest if (case.precision == "fp16") == is_last]
     if settings.small:
         # On a CPU compiling and fp16 take long.
-        first[-1] = Case("arat", "bf16", *COMPILED)
+        compiled = compiled[1:]
         rest = [case for case in rest if not case.compiled]
         rest = [case for case in rest if case.precision != "fp16" or case.method in ("arat", "trades", "standard")]
-    rest = [case for case in rest if case not in first]
+    rest = compiled + [case for case in rest if case not in first + compiled]
     if settings.device.type == "cpu":
         rest = [case for case in rest if not case.graphed or case.method == "arat"]
     return [first, rest]

@@ -55,23 +55,20 @@ SMALL = {
 
 
 def run(settings: Settings, journal: Journal) -> None:
-    """All measurements, the most important ones first."""
+    """All measurements: first those of every model that need no compiler, which takes a minute a model."""
     bench = Bench(settings, journal)
-    cifar, resnet, vit, convnext = (SMALL[model] if settings.small else model for model in SMALL)
+    models = [SMALL[model] if settings.small else model for model in SMALL]
     bench.matmul()
-    for model in (cifar, resnet):
-        bench.forwards(model)
-        for mode in (BOTH, EAGER, GRAPHED):
+    for model in models:
+        bench.forward(model, "eager")
+        bench.flops(model)
+        for mode in (EAGER, GRAPHED):
             bench.step(model, mode)
         bench.references(model)
-    bench.step(cifar, COMPILED)
-    for model in (vit, convnext):
-        bench.forwards(model)
-        for mode in (EAGER, GRAPHED, BOTH):
+    for model in models:
+        bench.forward(model, "compiled")
+        for mode in (BOTH, COMPILED):
             bench.step(model, mode)
-        bench.references(model)
-    for model in (resnet, vit, convnext):
-        bench.step(model, COMPILED)
 
 
 @dataclass
@@ -101,12 +98,15 @@ class Bench:
         """The card's rate of matrix products, which the others are a share of."""
         self._journal.run("matmul", self._matmul)
 
-    def forwards(self, model: Model) -> None:
-        """One forward pass of the plain net, eager and compiled."""
-        for name in ("eager", "compiled"):
-            if name == "eager" or self._compiles(model):
-                case = f"{model.name} forward {name}"
-                self._journal.run(case, _in_memory(partial(self._forward, model, name)), limit_s=_COMPILE_S)
+    def forward(self, model: Model, name: str) -> None:
+        """One forward pass of the plain net, "eager" or "compiled"."""
+        if name == "eager" or self._compiles(model):
+            case = f"{model.name} forward {name}"
+            self._journal.run(case, _in_memory(partial(self._forward, model, name)), limit_s=_COMPILE_S)
+
+    def flops(self, model: Model) -> None:
+        """Floating-point operations of one step's convolutions and matrix products, counted once."""
+        self._journal.run(f"{model.name} flops", _in_memory(partial(self._flops, model)))
 
     def step(self, model: Model, mode: tuple[bool, bool]) -> None:
         """One kind of step, and then its kernels."""
@@ -149,16 +149,16 @@ class Bench:
             milliseconds = timed_in_turn({name: run}, self._device, seconds=self._seconds)[name]
         return {"model": model.name, "forward_ms": milliseconds}
 
-    def _forward_before(self, model: Model) -> float | None:
-        """The faster forward pass of a model whose steps are measured later, in milliseconds."""
+    def _forwards_before(self, model: Model) -> list[float]:
+        """Forward passes of a model as they were measured before, in milliseconds."""
         lines = [self._journal.line(f"{model.name} forward {name}") for name in ("eager", "compiled")]
-        return min((line["forward_ms"] for line in lines if "forward_ms" in line), default=None)
+        return [line["forward_ms"] for line in lines if "forward_ms" in line]
 
     def _step(self, model: Model, mode: tuple[bool, bool], kept: list[Callable[[], object]]) -> dict[str, Any]:
         compiled, graphed = mode
         if graphed and self._device.type == "cpu":
             raise Skipped("not on a CPU")
-        live, flops = self._of(model), self._flops(model)
+        live, flops = self._of(model), self._journal.line(f"{model.name} flops").get("flops")
         recipe = with_mode(self._recipe(model), compiled=compiled, graphed=graphed)
         before = self._begin_memory()
         with training_numerics(recipe.train):
@@ -173,7 +173,7 @@ class Bench:
         if live.fastest is None or milliseconds < live.fastest[0]:
             live.fastest = milliseconds, mode_name(compiled=compiled, graphed=graphed), own
         kept.append(own)
-        forward = min(times.values(), default=self._forward_before(model))
+        forward = min([*times.values(), *self._forwards_before(model)], default=None)
         tflops = flops and flops / milliseconds / 1e9
         rate = self._journal.line("matmul").get("tflops")
         return {
@@ -223,17 +223,12 @@ class Bench:
             "speedup": times["plain"] / times["own"],
         }
 
-    def _flops(self, model: Model) -> float | None:
-        """Floating-point operations of one step's convolutions and matrix products, counted once."""
-
-        def count() -> dict[str, Any]:
-            recipe = self._recipe(model)
-            step, batch = DeviceStep(recipe, self._device), synthetic_batch(recipe, self._device)
-            with CountFlops() as counter:
-                step(batch)
-            return {"model": model.name, "flops": counter.total}
-
-        return self._journal.run(f"{model.name} flops", _in_memory(count)).get("flops")
+    def _flops(self, model: Model) -> dict[str, Any]:
+        recipe = self._recipe(model)
+        step, batch = DeviceStep(recipe, self._device), synthetic_batch(recipe, self._device)
+        with CountFlops() as counter:
+            step(batch)
+        return {"model": model.name, "flops": counter.total}
 
     def _of(self, model: Model) -> Live:
         """What is kept of the model; what was kept of another one is let go."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from .journal import RESTART, append_line, read_lines
 
-_MOST_STARTS = 8
+_MOST_STARTS = 16
 _LOOK_S = 0.1
 _GRACE_S = 3.0
 """For a part that is about to end by itself at its limit."""

@@ -105,8 +105,8 @@ def measure(recipe: Recipe, settings: Settings, journal: Journal) -> dict[str, A
         seconds = 0.2 if settings.small else 2.0
         step_s = timed_in_turn({"step": lambda: step(batch)}, device, seconds=seconds)["step"] / 1000
     num_steps = load_manifest(recipe.data.train).num_samples / recipe.train.global_batch_size
-    # The training compiles once more, mostly from the cache; its loop is a little slower than the bare step.
-    left = journal.seconds_left() - start_s - _SAVE_S
+    # The training's net takes over what was compiled here; its loop is a little slower than the bare step.
+    left = journal.seconds_left() - min(start_s, 10.0) - _SAVE_S
     count, evaluation_s = affordable_evaluation(recipe, step, device, 0.4 * left)
     epochs = 1 if settings.small else max(1, int((left - evaluation_s) / (1.1 * step_s * num_steps)))
     return {
