@@ -23,7 +23,7 @@ from arat_dist.config import Recipe
 from arat_dist.data.loader import loader_class
 from arat_dist.data.manifest import load_manifest
 from arat_dist.engine import DDPEngine, Rank, build_engine, statistics_of
-from arat_dist.errors import StoppedError, SupersededError
+from arat_dist.errors import StoppedError, SupersededError, UserError
 from arat_dist.evaluate import eval_config, evaluate
 from arat_dist.guard import DivergedError
 from arat_dist.metrics import TIMED, MetricsLog
@@ -33,6 +33,7 @@ from arat_dist.objectives.base import Objective, Output
 from arat_dist.optim import lr_at
 from arat_dist.run import Run
 from arat_dist.saving import capture, take_up
+from arat_dist.step import TrainStep
 from arat_dist.train import check_agreement, num_steps, sample_order, train
 
 RANK = Rank(0, 1, torch.device("cpu"))
@@ -584,6 +585,28 @@ def test_the_average_that_a_run_ends_with_has_its_own_statistics(sets: Sets, tmp
     for name, value in objective.classifier.state_dict().items():
         torch.testing.assert_close(value, saved[name], msg=lambda m, n=name: f"{n}: {m}")
     assert any("clean.running_mean" in name and value.any() for name, value in saved.items())
+
+
+def test_memory_that_runs_out_ends_the_run_in_one_line_and_breaks_nothing(sets: Sets, tmp_path, monkeypatch):
+    recipe = toy_recipe(sets, train={"checkpoint_every": 2})
+    whole, _ = start(recipe, tmp_path, "whole")
+    take_step, calls = TrainStep.__call__, iter(range(99))
+
+    def until_memory_runs_out(self: TrainStep, *args: Any) -> Any:
+        if next(calls) == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ...")
+        return take_step(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TrainStep, "__call__", until_memory_runs_out)
+        with pytest.raises(UserError) as error:
+            start(recipe, tmp_path, "cut")
+    assert "train.global_batch_size: 8: no room for 8 images at a time" in str(error.value)
+    assert "train.micro_batches: 2" in str(error.value)
+    assert "\n" not in str(error.value)
+    assert newest(Run(str(tmp_path), "cut")).step == 4
+    cut, _ = start(recipe, tmp_path, "cut")
+    assert_equal(newest(cut), newest(whole))
 
 
 def test_a_run_on_copies_reads_nothing_else_and_is_the_same(sets: Sets, tmp_path, monkeypatch):
