@@ -38,6 +38,12 @@ def on_cpu(net: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     return run
 
 
+def is_traced_rightly() -> bool:
+    """Whether torch.compile gets these operations' gradients right: 2.14 does, by 2.11 that of BatchNorm is wrong."""
+    major, minor = torch.__version__.split(".")[:2]
+    return (int(major), int(minor)) >= (2, 14)
+
+
 class CpuOps(TorchFunctionMode):
     """Inside it, calls of torch that this module does better on a CPU are this module's."""
 

@@ -17,7 +17,7 @@ from arat_dist.fusion import fused, fusible
 from arat_dist.losses import hard_labels, lifted
 from arat_dist.mixing import Mixing
 from arat_dist.models.classifier import Classifier
-from arat_dist.models.cpu_ops import on_cpu
+from arat_dist.models.cpu_ops import is_traced_rightly, on_cpu
 from arat_dist.models.precision import COMPUTE_DTYPES, StepWeights, WeightsInPlace, amplified
 from arat_dist.models.split_norm import AttackMode, Branch
 from arat_dist.models.sync_norm import num_ranks
@@ -206,8 +206,12 @@ class Objective(nn.Module):
 
 
 def _on_cpu(net: Classifier) -> Callable[[Tensor], Tensor]:
-    """The net compiled with this project's operations for CPUs, which leave the normalisation of pixels outside."""
-    run = torch.compile(on_cpu(net.backbone.forward), dynamic=False)
+    """The net compiled with this project's operations for CPUs, which leave the normalisation of pixels outside.
+
+    Without them before torch 2.14: compiled by 2.11 their BatchNorm has a wrong gradient, uncompiled a right one.
+    """
+    forward = net.backbone.forward
+    run = torch.compile(on_cpu(forward) if is_traced_rightly() else forward, dynamic=False)
     return lambda pixels: run(net.normalise(pixels))
 
 

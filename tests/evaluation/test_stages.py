@@ -14,7 +14,7 @@ import pytest
 import torch
 from ranks import on_ranks
 from torch import Tensor
-from toys import Sets, toy_recipe
+from toys import Sets, is_installed, toy_recipe
 
 from arat_dist.data.loader import Batch, Loader, val_loader
 from arat_dist.engine import Rank
@@ -208,7 +208,10 @@ def loading() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "beton-loader"]
 
 
-@pytest.mark.parametrize("loader_name", ["ffcv", "torchvision"])
+needs_ffcv = pytest.mark.skipif(not is_installed("ffcv"), reason="FFCV is not installed")
+
+
+@pytest.mark.parametrize("loader_name", [pytest.param("ffcv", marks=needs_ffcv), "torchvision"])
 def test_batches_lie_in_a_ring_and_are_whole_when_they_are_asked_about(sets: Sets, loader_name):
     """More batches than the ring has buffers, each looked at late, when those that follow have been loaded."""
     data = toy_recipe(sets, data={"loader": loader_name}).data
@@ -231,6 +234,7 @@ def test_batches_lie_in_a_ring_and_are_whole_when_they_are_asked_about(sets: Set
     assert answer.columns["label"].tolist() == [alone[key][1] for key in range(23)]
 
 
+@needs_ffcv
 def test_the_next_batches_are_loaded_while_one_is_asked_about(sets: Sets, monkeypatch):
     loaded: list[int] = []
     threads: set[threading.Thread] = set()

@@ -8,7 +8,7 @@ import pytest
 from fake_gpu import GPU
 from fake_training import FakeTraining, Sections, small_recipe
 from test_fake_step import CASES
-from toys import Sets
+from toys import Sets, is_installed
 from watch import Findings, Watch
 
 from arat_dist.engine import Rank
@@ -119,6 +119,7 @@ def whole_run(sections: Sections, folder: Path) -> WholeRun:
     return WholeRun(watch.found, summary)
 
 
+@pytest.mark.skipif(not is_installed("ffcv"), reason="DataLoader's thread pins memory by the driver itself")
 def test_a_whole_run_waits_where_it_says(on_fake_gpu, sets: Sets, tmp_path):
     """With real pictures, evaluations in its course and at its end, and checkpoints in files; devices aren't mixed."""
     sections: Sections = {
